@@ -1,0 +1,1 @@
+"""An open home for the zerank rerankers."""
