@@ -50,9 +50,7 @@ class Checkpoint:
     notice: str | None = None
 
 
-ZELO_MINI_NOTICE = (
-    f'zelo-mini is a demonstration model of a few million parameters; for real use: Reranker("{DEFAULT}")'
-)
+ZELO_MINI_NOTICE = f'zelo-mini is a demonstration model of a few million parameters; for real use: Reranker("{DEFAULT}")'
 
 CHECKPOINTS = (
     Checkpoint(
@@ -119,7 +117,8 @@ class Source:
     attn_implementation: str | None = None
     cache_folder: str | None = None
     local_files_only: bool = False
-    token: str | bool | None = field(default=None, repr=False)
+    # How the files are fetched, not which: Haystack always passes one, the others leave it to the environment.
+    token: str | bool | None = field(default=None, repr=False, compare=False)
 
 
 class Layout(StrEnum):
@@ -182,7 +181,9 @@ def weight_files(folder: Path) -> list[Path]:
         files = [folder / name for name in sorted(set(_json(index)["weight_map"].values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            msg = f"{folder} lacks the shards {missing} that {WEIGHTS_INDEX} names; expected all {len(files)}. Download it again"
+            msg = (
+                f"{folder} lacks the shards {missing} that {WEIGHTS_INDEX} names; expected all {len(files)}. Download it again"
+            )
             raise CheckpointRefused(msg)
         return files
     if (folder / WEIGHTS).is_file():
@@ -190,8 +191,8 @@ def weight_files(folder: Path) -> list[Path]:
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickled:
         msg = (
-            f"{folder} holds pickled weights {pickled}, which can run code when loaded; expected safetensors. Convert them where "
-            "you trust them: AutoModelForCausalLM.from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)"
+            f"{folder} holds pickled weights {pickled}, which can run code when loaded; expected safetensors. Convert them "
+            "where you trust them: AutoModelForCausalLM.from_pretrained(old, use_safetensors=False).save_pretrained(new)"
         )
         raise CheckpointRefused(msg)
     found = sorted(path.name for path in folder.iterdir())[:8]
@@ -238,8 +239,8 @@ def _adapter(folder: Path) -> dict[str, Any]:
     config = _json(folder / "adapter_config.json")
     if config.get("task_type") == "SEQ_CLS":
         msg = (
-            f"{folder} is an adapter of a sequence classifier (task_type SEQ_CLS), whose head would be newly initialised over a "
-            "causal base; expected an adapter trained on the causal LM. Merge it into its classifier first and pass that folder"
+            f"{folder} is an adapter of a sequence classifier (task_type SEQ_CLS), whose head would be newly initialised over "
+            "a causal base; expected an adapter trained on the causal LM. Merge it into its classifier and pass that folder"
         )
         raise CheckpointRefused(msg)
     return config
@@ -259,7 +260,8 @@ def _stack(folder: Path) -> tuple[Path, int]:
     if score.get("false_token_id") is not None:
         msg = (
             f"{folder} scores the difference of two tokens (true {score['true_token_id']}, false {score['false_token_id']}); "
-            'expected the logit of "Yes" alone. It is another kind of reranker: load it with sentence-transformers\' CrossEncoder'
+            'expected the logit of "Yes" alone. It is another kind of reranker: load it with '
+            "sentence-transformers' CrossEncoder"
         )
         raise CheckpointRefused(msg)
     return folder / modules[0]["path"], score["true_token_id"]

@@ -1,4 +1,4 @@
-"""From a name or folder to a decoder, its tokenizer and the float32 "Yes" row. Native classes only, no code from a checkpoint."""
+"""From a name or folder to a decoder, its tokenizer and the float32 "Yes" row. Code in a checkpoint never runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from zerank_integrations import checkpoints
 from zerank_integrations.checkpoints import Layout, Recognised, Source, recognise, weight_files
@@ -95,10 +96,12 @@ def load(source: Source) -> Loaded:
     model = _weights(weights, settings)
     if recognised.layout is Layout.LORA:
         model = _merged(model, folder)
-        row, scale = model.get_output_embeddings().weight[encoder.yes].float(), 1.0
+        # Of the merged model: an adapter may have learnt the head too.
+        row, scale = model.get_output_embeddings().weight[encoder.yes].float(), 1.0  # type: ignore[no-untyped-call]
     else:
-        row, scale = _yes_row(weights, encoder.yes)
-    decoder = model.get_decoder().to(device).eval().requires_grad_(requires_grad=False)
+        row, scale = _yes_row(weights, encoder.yes, tied=model.config.tie_word_embeddings)
+    decoder: torch.nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    decoder = decoder.to(device).eval().requires_grad_(requires_grad=False)
     return Loaded(
         decoder=decoder,
         yes=(row / scale).detach().to(device),
@@ -125,13 +128,12 @@ def locate(model: str, source: Source) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
-    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-        if checkpoint is None:
-            msg = (
-                f"there is no folder {model!r}, and it is no Hub id (owner/name); expected a checkpoint's folder, a Hub id such as "
-                f'{checkpoints.DEFAULT!r}, or "zelo-mini", which needs no download'
-            )
-            raise ModelUnreachable(msg)
+    if checkpoint is None and (folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1):
+        msg = (
+            f"there is no folder {model!r}, and it is no Hub id (owner/name); expected a checkpoint's folder, a Hub id "
+            f'such as {checkpoints.DEFAULT!r}, or "zelo-mini", which needs no download'
+        )
+        raise ModelUnreachable(msg)
     repository = checkpoint.repository if checkpoint else model
     revision = source.revision or (checkpoint.revision if checkpoint else None)
     return _download(repository, revision, source)
@@ -141,20 +143,27 @@ def choose_device(device: str | None) -> torch.device:
     """The device asked for, else CUDA, else MPS, else CPU.
 
     Raises:
+        ValueError: there is no such device here.
         ForkedDevice: CUDA was initialised before this process was forked.
     """
     if device is None:
-        if torch.cuda.is_available():
-            device = "cuda"
-        else:
-            device = "mps" if torch.backends.mps.is_available() else "cpu"
-    chosen = torch.device(device)
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        device = next(name for name, is_there in available.items() if is_there)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        msg = f'device is {device!r}; expected "cpu", "cuda", "cuda:1" or "mps"'
+        raise ValueError(msg) from error
     if chosen.type == "cuda" and getattr(torch.cuda, "_is_in_bad_fork", bool)():
         msg = (
             "CUDA was in use before this process was forked and cannot be used in it; expected a fresh process. Load the "
             'model after the fork (gunicorn: without --preload), or start workers with multiprocessing\'s "spawn"'
         )
         raise ForkedDevice(msg)
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (chosen.index or 0) >= there.get(chosen.type, 1):
+        msg = f"device is {device!r}, but torch sees {there}; expected one that is there. A GPU needs a torch built for it"
+        raise ValueError(msg)
     return chosen
 
 
@@ -178,7 +187,7 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path) -> TokenizersBackend:
     """The folder's tokenizer.
 
     Raises:
@@ -192,13 +201,13 @@ def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
             "Copy the tokenizer files of the checkpoint it was made from into the folder"
         )
         raise CheckpointRefused(msg) from error
-    if not getattr(tokenizer, "is_fast", False):
+    if not isinstance(tokenizer, TokenizersBackend):
         msg = f"{folder} has a tokenizer without the fast backend; expected tokenizer.json. Save it with a current transformers"
         raise CheckpointRefused(msg)
     return tokenizer
 
 
-def check_template(tokenizer: transformers.PreTrainedTokenizerFast) -> str:
+def check_template(tokenizer: TokenizersBackend) -> str:
     """Render the chat template with the probe and compare it with the known prompt.
 
     Returns:
@@ -216,18 +225,18 @@ def check_template(tokenizer: transformers.PreTrainedTokenizerFast) -> str:
         messages = [{"role": first, "content": query}, {"role": second, "content": document}]
         try:
             rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # noqa: BLE001 - a template is a program of the checkpoint's author and may raise anything
+        except Exception as error:
             rendered = f"{type(error).__name__}: {error}"
         if rendered == expected:
             return f"roles {first}/{second}"
     msg = (
         f"the chat template renders another prompt.\nfound:    {rendered!r}\nexpected: {expected!r}\n"
-        "A checkpoint trained on another prompt would score wrongly here. If it was trained on this one, delete its chat template"
+        "A checkpoint trained on another prompt would score wrongly here. If it was trained on this one, delete its template"
     )
     raise CheckpointRefused(msg)
 
 
-def context(model: str, config: transformers.PretrainedConfig, tokenizer: transformers.PreTrainedTokenizerFast) -> int:
+def context(model: str, config: transformers.PretrainedConfig, tokenizer: TokenizersBackend) -> int:
     """Tokens of the longest prompt: as published, else the smaller of the model's positions and the tokenizer's limit."""
     checkpoint = checkpoints.known(model)
     if checkpoint is not None:
@@ -270,24 +279,24 @@ def _unreachable(repository: str, revision: str | None, source: Source, error: E
         f"{' (offline mode is on: HF_HUB_OFFLINE or local_files_only)' if offline else ''}.\n"
         f"cause: {type(error).__name__}: {cause}\n"
         f"cached models in {cache}: {', '.join(cached) or 'none'}\n"
-        "What to do: pass the folder of a downloaded checkpoint; or set HF_HOME to the cache that holds it, HF_ENDPOINT to a mirror, "
-        'token= for a private one; or try the library without any download: Reranker("zelo-mini")'
+        "What to do: pass the folder of a downloaded checkpoint; or set HF_HOME to the cache that holds it, HF_ENDPOINT to a "
+        'mirror, token= for a private one; or try the library without any download: Reranker("zelo-mini")'
     )
 
 
 def _base(adapter: Recognised, source: Source) -> tuple[Recognised, Path]:
     """The base an adapter lies over, and the folder of the tokenizer: its own if it brings one, else its base's."""
     name = source.base or adapter.config.get("base_model_name_or_path") or ""
-    # An adapter records its base as it was written when it was trained; relative to the adapter is where a moved pair still meets.
+    # An adapter records its base as it was called in training; beside the adapter is where a moved pair still meets.
     beside = adapter.folder / name
     try:
         folder = beside if name and not os.path.isabs(name) and beside.is_dir() else locate(name, source)
         base = recognise(folder)
     except ModelUnreachable as error:
-        msg = f"the LoRA adapter {adapter.folder} lies over the base {name!r}, which was not found: pass base= with its folder or id.\n{error}"
+        msg = f"the base {name!r} of the adapter {adapter.folder} was not found. Pass base= with its folder or id\n{error}"
         raise ModelUnreachable(msg) from error
     if base.layout not in (Layout.CAUSAL_LM, Layout.SENTENCE_TRANSFORMERS):
-        msg = f"the base {name!r} of the adapter {adapter.folder} is a {base.layout}; expected a causal LM. Pass base= with another folder"
+        msg = f"the base {name!r} of {adapter.folder} is a {base.layout}; expected a causal LM. Pass base= with another folder"
         raise CheckpointRefused(msg)
     own = (adapter.folder / "tokenizer.json").is_file()
     return base, adapter.folder if own else base.weights
@@ -301,7 +310,7 @@ def _weights(recognised: Recognised, settings: dict[str, Any]) -> transformers.P
         else transformers.AutoModelForCausalLM
     )
     try:
-        model, report = auto.from_pretrained(
+        model, report = auto.from_pretrained(  # type: ignore[misc]
             recognised.weights,
             trust_remote_code=False,
             use_safetensors=True,
@@ -315,27 +324,23 @@ def _weights(recognised: Recognised, settings: dict[str, Any]) -> transformers.P
     missing = sorted(report["missing_keys"])
     if missing:
         msg = (
-            f"{recognised.weights} lacks {len(missing)} tensors ({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}), which would "
-            "be newly initialised with random numbers; expected all of them. A zerank checkpoint stores its head or ties it to the "
-            "embeddings: download it again, or export it as a causal LM"
+            f"{recognised.weights} lacks {len(missing)} tensors ({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}), "
+            "which would be newly initialised with random numbers; expected all of them. A zerank checkpoint stores its "
+            "head or ties it to the embeddings: download it again, or export it as a causal LM"
         )
         raise CheckpointRefused(msg)
     return model
 
 
-def _yes_row(recognised: Recognised, yes: int) -> tuple[torch.Tensor, float]:
+def _yes_row(recognised: Recognised, yes: int, *, tied: bool) -> tuple[torch.Tensor, float]:
     """The "Yes" row as it is stored, in float32 whatever the model computes in, and the scale it carries.
 
     A sequence classifier's one row must be the embedding of "Yes", or a fifth of it, unless its config records the scale.
     """
+    embedding = _stored_row(recognised.weights, "embed_tokens.weight", yes)
     if recognised.layout is not Layout.SEQUENCE_CLASSIFICATION:
-        tied = recognised.config.get("tie_word_embeddings", False)
-        stored = _stored_row(recognised.weights, "lm_head.weight", yes)
-        return _stored_row(recognised.weights, "embed_tokens.weight", yes) if tied or stored is None else stored, 1.0
-    score, embedding = (
-        _stored_row(recognised.weights, "score.weight", 0),
-        _stored_row(recognised.weights, "embed_tokens.weight", yes),
-    )
+        return embedding if tied else _stored_row(recognised.weights, "lm_head.weight", yes), 1.0
+    score = _stored_row(recognised.weights, "score.weight", 0)
     recorded = recognised.config.get("zerank_score_scale")
     if recorded is not None:
         return score, float(recorded)
@@ -344,19 +349,21 @@ def _yes_row(recognised: Recognised, yes: int) -> tuple[torch.Tensor, float]:
         if torch.allclose(score, embedding * scale, rtol=2**-7, atol=1e-6):
             return score, scale
     msg = (
-        f'the score row of {recognised.weights} is neither the embedding of "Yes" nor a fifth of it, so its scale is unknown; expected '
-        'one of them, or "zerank_score_scale" in config.json (1 if the row gives the logit, 0.2 if it gives logit/5)'
+        f'the score row of {recognised.weights} is neither the embedding of "Yes" nor a fifth of it, so its scale is unknown; '
+        'expected one of them, or "zerank_score_scale" in config.json (1 if the row gives the logit, 0.2 if it gives logit/5)'
     )
     raise CheckpointRefused(msg)
 
 
-def _stored_row(folder: Path, name: str, row: int) -> torch.Tensor | None:
+def _stored_row(folder: Path, name: str, row: int) -> torch.Tensor:
+    """One row of a stored tensor in float32; the name may carry any prefix."""
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - a handle of safetensors, not a dictionary
                 if key == name or key.endswith("." + name):
                     return tensors.get_slice(key)[row : row + 1][0].float()
-    return None
+    msg = f"{folder} stores no tensor {name}; expected one. Download the checkpoint again"
+    raise CheckpointRefused(msg)
 
 
 def _merged(model: transformers.PreTrainedModel, adapter: Path) -> transformers.PreTrainedModel:
@@ -365,8 +372,8 @@ def _merged(model: transformers.PreTrainedModel, adapter: Path) -> transformers.
     except ImportError as error:
         msg = 'a LoRA adapter needs peft, which is not installed: pip install "zerank-integrations[train]"'
         raise MissingPackage(msg) from error
-    adapted = PeftModel(model, PeftConfig.from_pretrained(adapter))
-    report = adapted.load_adapter(adapter, "default", is_trainable=False)
+    adapted = PeftModel(model, PeftConfig.from_pretrained(str(adapter)))
+    report = adapted.load_adapter(str(adapter), "default", is_trainable=False)
     unmatched = sorted({*report.unexpected_keys, *(key for key in report.missing_keys if "lora_" in key)})
     if unmatched:
         msg = (

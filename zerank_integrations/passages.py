@@ -12,7 +12,7 @@ OVERLAP = 0.25
 
 
 def spans(text: str, tokens: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:
-    """Split a text into passages of at most `size` tokens that overlap by a quarter and break at white space where there is any.
+    """Split a text into passages of at most `size` tokens that overlap by a quarter and break at white space.
 
     Args:
         text: the document.

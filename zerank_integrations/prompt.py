@@ -113,7 +113,7 @@ class PromptEncoder:
 
         yes = self._ids(self._plain, YES)
         if len(yes) != 1:
-            msg = f'the tokenizer encodes "{YES}" as {len(yes)} tokens {yes}; expected one. A zerank checkpoint brings a Qwen3 tokenizer'
+            msg = f'the tokenizer encodes "{YES}" as {len(yes)} tokens; expected one, as Qwen3\'s tokenizer does'
             raise CheckpointRefused(msg)
         self.yes = yes[0]
 
@@ -182,8 +182,8 @@ class PromptEncoder:
         room = max_length - len(prefix) - len(suffix)
         if room <= 0:
             msg = (
-                f"the query and the template take {len(prefix) + len(suffix)} tokens of a prompt of at most {max_length} and leave "
-                "no room for a document; expected fewer. Shorten the query or raise max_length"
+                f"the query and the template take {len(prefix) + len(suffix)} tokens of a prompt of at most {max_length} and "
+                "leave no room for a document; expected fewer. Shorten the query or raise max_length"
             )
             raise QueryTooLong(msg)
         return Prompt(prefix, document[:room], suffix, truncated=len(document) > room)

@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     import torch
     from tqdm.std import tqdm
 
-    from zerank_integrations.engine.worker import Request
 
 T = TypeVar("T")
 
@@ -52,8 +52,8 @@ class Reranker:
         max_length: tokens of a whole prompt, by default the checkpoint's context. Longer documents are cut at their end.
         max_passage_tokens: read longer documents as overlapping passages of this size; the best passage counts.
         token_budget: tokens in one step at most; bounds the memory.
-        control_tokens: "text" reads `<|im_end|>` and the like inside queries and documents as plain characters, so that a document
-            cannot close its own turn; "parse" matches them as the published files do.
+        control_tokens: "text" reads `<|im_end|>` and the like inside queries and documents as plain characters, so that no
+            document can close its own turn; "parse" matches them as the published files do.
         instruction: put into every query's text, as zerank-2 was trained to follow.
 
     Example:
@@ -80,7 +80,11 @@ class Reranker:
         control_tokens: ControlTokens = "text",
         instruction: str | None = None,
     ) -> None:
-        for name, value in (("max_length", max_length), ("max_passage_tokens", max_passage_tokens), ("token_budget", token_budget)):
+        for name, value in (
+            ("max_length", max_length),
+            ("max_passage_tokens", max_passage_tokens),
+            ("token_budget", token_budget),
+        ):
             if value is not None and (not isinstance(value, int) or value < 1):
                 msg = f"{name} is {value!r}; expected a number of tokens, at least 1"
                 raise ValueError(msg)
@@ -130,7 +134,7 @@ class Reranker:
             progress: show a bar on standard error.
 
         Returns:
-            The documents from most to least relevant; equal logits keep their order. No document: an empty ranking, nothing loaded.
+            The documents from most to least relevant; equal logits keep their order. No document: nothing is loaded.
 
         Raises:
             TypeError: the query or a document is not a text; the message names its index.
@@ -152,9 +156,7 @@ class Reranker:
         call = _Call.of(requests, top_k, threshold)
         if not call.work:
             return call.rankings([])
-        from tqdm.auto import tqdm
-
-        with tqdm(desc="ranking", unit="prompt", disable=not progress) as bar:
+        with _bar() if progress else nullcontext() as bar:
             started = self._start(call, bar)
             try:
                 logits = started.future.result()
@@ -242,7 +244,7 @@ class Reranker:
 
     def __copy__(self) -> Reranker:
         """Another handle with the same options."""
-        return Reranker(**self.options | {"token": self._handle.source.token})  # pyright: ignore[reportArgumentType]
+        return Reranker(**self.options | {"token": self._handle.source.token})  # type: ignore[arg-type]
 
     def __deepcopy__(self, _: object) -> Reranker:
         """Another handle with the same options; the weights are shared, not copied."""
@@ -314,18 +316,17 @@ class Reranker:
             return [(text, [(None, prompt)]) for text, prompt in zip(texts, prompts, strict=True)]
         size = min(self.max_passage_tokens, encoder.room(query, max_length))
         found = [spans(document, tokens, size) for document, tokens in zip(documents, encoder.offsets(documents), strict=True)]
-        prompts = iter(
-            encoder.encode(query, [d[slice(*s)] for d, passages in zip(documents, found, strict=True) for s in passages], max_length)
-        )
-        return [(text, [(span, next(prompts)) for span in passages]) for text, passages in zip(texts, found, strict=True)]
+        passages = [document[slice(*span)] for document, each in zip(documents, found, strict=True) for span in each]
+        encoded = iter(encoder.encode(query, passages, max_length))
+        return [(text, [(span, next(encoded)) for span in each]) for text, each in zip(texts, found, strict=True)]
 
     def _warn_of_cuts(self, pieces: list[_Piece], max_length: int) -> None:
         cut = sum(prompt.truncated for _, prompts in pieces for _, prompt in prompts)
         if cut and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{cut} of {len(pieces)} documents were longer than a prompt of {max_length} tokens allows and were cut at their end. "
-                "Each says so (.truncated); read them whole with max_passage_tokens=. Said once per reranker",
+                f"{cut} of {len(pieces)} documents were longer than a prompt of {max_length} tokens allows and were cut at "
+                "their end. Each says so (.truncated); read them whole with max_passage_tokens=. Said once per reranker",
                 ZerankWarning,
                 stacklevel=2,
             )
@@ -403,7 +404,7 @@ class _Started:
     pieces: list[_Piece]
     future: Future[list[float]]
 
-    def rankings(self, logits: Sequence[float]) -> list[Ranked]:
+    def rankings(self, logits: list[float]) -> list[Ranked]:
         each, pieces = iter(logits), iter(self.pieces)
         return self.call.rankings(
             [[_document(index, *next(pieces), each) for index, _ in enumerate(texts)] for texts in self.call.texts]
@@ -426,8 +427,8 @@ def _document(
     logit, span, _ = max(scored, key=lambda passage: passage[0])
     if not all(math.isfinite(value) for value, _, _ in scored):
         msg = (
-            f"the model answered {logit} for document {index}; expected a finite number. float16 overflows in these models: use "
-            'dtype="bfloat16" or "float32"; with those, the weights are damaged (`zerank check` tells)'
+            f"the model answered {logit} for document {index}; expected a finite number. float16 overflows in these models: "
+            'use dtype="bfloat16" or "float32"; with those, the weights are damaged (`zerank check` tells)'
         )
         raise NonFiniteLogits(msg)
     return RankedDocument(
@@ -446,5 +447,11 @@ def _in_order(ranked: Ranked) -> list[float]:
     return [document.relevance for document in sorted(ranked, key=lambda document: document.index)]
 
 
+def _bar() -> tqdm:
+    from tqdm.auto import tqdm
+
+    return tqdm(desc="ranking", unit="prompt")
+
+
 def _reranker(options: dict[str, object]) -> Reranker:
-    return Reranker(**options)  # pyright: ignore[reportArgumentType]
+    return Reranker(**options)  # type: ignore[arg-type]

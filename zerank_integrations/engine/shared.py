@@ -1,4 +1,4 @@
-"""One loaded model for all who ask for the same source: counted, loaded on first use, freed by the last, renewed after a fork."""
+"""One loaded model for all who ask for the same source: counted, loaded on first use, freed by the last, fork-safe."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from zerank_integrations.checkpoints import Source
     from zerank_integrations.engine.worker import Request, Worker
-    from zerank_integrations.loading import Loaded, Source
+    from zerank_integrations.loading import Loaded
     from zerank_integrations.prompt import ControlTokens, PromptEncoder
 
 

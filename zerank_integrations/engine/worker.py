@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from zerank_integrations.engine.forward import Forward, steps
+from zerank_integrations.engine.gate import gate
 
 if TYPE_CHECKING:
     from zerank_integrations.prompt import Prompt
@@ -49,7 +50,7 @@ class Worker:
         self._queue.put(request)
         with self._starting:
             if self._thread is None:
-                # A daemon, so that a step under way never keeps the interpreter from reaching its exit handlers, which close us.
+                # A daemon, so that a step under way never keeps the interpreter from its exit handlers, which close us.
                 self._thread = threading.Thread(target=self._run, name="zerank-worker", daemon=True)
                 self._thread.start()
 
@@ -72,11 +73,13 @@ class Worker:
             for step in steps(request.prompts, request.token_budget):
                 if request.future.cancelled():
                     return
-                for index, logit in zip(step, self._forward([request.prompts[i] for i in step]), strict=True):
+                with gate.step():
+                    scored = self._forward([request.prompts[i] for i in step])
+                for index, logit in zip(step, scored, strict=True):
                     logits[index] = logit
                 if request.advance is not None:
                     request.advance(len(step))
-        except BaseException as error:  # noqa: BLE001 - whatever a step raises belongs to its request; the thread lives on
+        except BaseException as error:
             outcome: BaseException | None = error
         else:
             outcome = None

@@ -1,0 +1,312 @@
+"""One model for many callers: threads, event loops, forks, interrupts, exits."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests import reference
+from zerank_integrations import Reranker
+
+DOCUMENTS = [document for _, document in reference.random_pairs(400, seed=21)]
+
+
+def options(folder: Path) -> dict[str, object]:
+    return {"model": folder, "dtype": "float32", "device": "cpu"}
+
+
+def run(code: str, folder: Path, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run code with FOLDER set in an interpreter of its own."""
+    program = f"FOLDER = {str(folder)!r}\n" + textwrap.dedent(code)
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=120, **options
+    )
+
+
+def test_equal_options_share_one_model_and_the_last_close_frees_it(tiny_causal_lm: Path) -> None:
+    first, second = Reranker(**options(tiny_causal_lm)), Reranker(**options(tiny_causal_lm), max_length=100)
+    other = Reranker(**options(tiny_causal_lm) | {"dtype": "bfloat16"})
+    assert first.engine() is second.engine()
+    assert first.engine() is not other.engine()
+    decoder = weakref.ref(first.engine().loaded.decoder)
+    first.close()
+    first.close()
+    gc.collect()
+    assert decoder() is not None
+    assert not first.loaded
+    assert second.loaded
+    second.close()
+    gc.collect()
+    assert decoder() is None
+    assert len(first.rank("q", ["loads again"])) == 1
+    assert first.loaded
+
+
+def test_a_forgotten_reranker_frees_its_model(tiny_causal_lm: Path) -> None:
+    reranker = Reranker(**options(tiny_causal_lm)).warm_up()
+    decoder = weakref.ref(reranker.engine().loaded.decoder)
+    del reranker
+    gc.collect()
+    assert decoder() is None
+
+
+def test_closing_during_a_call_lets_it_finish(tiny_causal_lm: Path) -> None:
+    reranker = Reranker(**options(tiny_causal_lm), token_budget=256)
+    expected = reranker.rank("q", DOCUMENTS)
+    decoder = weakref.ref(reranker.engine().loaded.decoder)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(reranker.rank, "q", DOCUMENTS)
+        time.sleep(0.05)
+        reranker.close()
+        assert running.result().indices == expected.indices
+        # The call loaded nothing anew for itself alone: what it held is gone with it.
+        del running
+    reranker.close()
+    gc.collect()
+    assert decoder() is None
+
+
+def test_32_threads_equal_one(tiny_causal_lm: Path) -> None:
+    reranker = Reranker(**options(tiny_causal_lm))
+    requests = [(f"query {i}", DOCUMENTS[i : i + 8]) for i in range(32)]
+    expected = [reranker.rank(*request) for request in requests]
+    reranker.close()
+    with ThreadPoolExecutor(32) as pool:
+        assert list(pool.map(lambda request: reranker.rank(*request), requests)) == expected
+    assert reranker.loaded
+
+
+async def test_200_tasks_equal_one_and_the_loop_is_never_held(tiny_causal_lm: Path) -> None:
+    reranker = Reranker(**options(tiny_causal_lm)).warm_up()
+    requests = [(f"query {i}", DOCUMENTS[i : i + 4]) for i in range(200)]
+    expected = [reranker.rank(*request) for request in requests]
+    longest, done = 0.0, asyncio.Event()
+
+    async def watch() -> None:
+        nonlocal longest
+        while not done.is_set():
+            before = time.perf_counter()
+            await asyncio.sleep(0.001)
+            longest = max(longest, time.perf_counter() - before)
+
+    # Scoring keeps a core busy; a pause of the collector would be charged to it.
+    gc.collect()
+    gc.disable()
+    try:
+        watching = asyncio.create_task(watch())
+        await asyncio.sleep(0.01)
+        found = await asyncio.gather(*(reranker.arank(*request) for request in requests))
+        done.set()
+        await watching
+    finally:
+        gc.enable()
+    assert found == expected
+    assert longest < 0.050
+
+
+async def test_asyncios_own_threads_are_left_alone(tiny_causal_lm: Path) -> None:
+    reranker = Reranker(**options(tiny_causal_lm))
+    loop = asyncio.get_running_loop()
+    ran: list[str] = []
+
+    class Watched(ThreadPoolExecutor):
+        def submit(self, *arguments: object, **keywords: object) -> object:
+            ran.append(repr(arguments))
+            return super().submit(*arguments, **keywords)
+
+    loop.set_default_executor(Watched(1))
+    await asyncio.gather(*(reranker.arank("q", DOCUMENTS[:5]) for _ in range(20)))
+    await reranker.aclose()
+    assert ran == []
+
+
+def test_two_event_loops(tiny_causal_lm: Path) -> None:
+    reranker = Reranker(**options(tiny_causal_lm))
+    expected = reranker.rank("q", DOCUMENTS[:20])
+
+    async def several() -> list:
+        return await asyncio.gather(*(reranker.arank("q", DOCUMENTS[:20]) for _ in range(10)))
+
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: asyncio.run(several()), range(2)))
+    assert both == [[expected] * 10] * 2
+    assert asyncio.run(several()) == [expected] * 10
+
+
+async def test_a_cancelled_task_leaves_the_rest_alone(tiny_causal_lm: Path) -> None:
+    reranker = Reranker(**options(tiny_causal_lm), token_budget=128).warm_up()
+    expected = reranker.rank("q", DOCUMENTS[:4])
+    long = asyncio.create_task(reranker.arank("q", DOCUMENTS * 20))
+    await asyncio.sleep(0.05)
+    waiting = [asyncio.create_task(reranker.arank("q", DOCUMENTS[:4])) for _ in range(3)]
+    await asyncio.sleep(0.3)
+    long.cancel()
+    waiting[0].cancel()
+    before = time.perf_counter()
+    assert await waiting[1] == expected
+    assert await waiting[2] == expected
+    # The long request, 8,000 documents, would have taken far longer.
+    assert time.perf_counter() - before < 2
+    with pytest.raises(asyncio.CancelledError):
+        await long
+    await reranker.aclose()
+
+
+def test_an_error_in_a_step_fails_only_its_own_request(tiny_causal_lm: Path) -> None:
+    reranker = Reranker(**options(tiny_causal_lm)).warm_up()
+    engine = reranker.engine()
+    from zerank_integrations.engine.worker import Request
+    from zerank_integrations.prompt import Prompt
+
+    unknown = Request([Prompt([10**9], [1], [1], truncated=False)], token_budget=100)
+    engine.submit(unknown)
+    with pytest.raises(IndexError):
+        unknown.future.result()
+    assert len(reranker.rank("q", DOCUMENTS[:3])) == 3
+
+
+def test_a_failed_load_is_tried_again(tiny_causal_lm: Path, tmp_path: Path) -> None:
+    reranker = Reranker(tmp_path / "later", dtype="float32", device="cpu")
+    with pytest.raises(OSError, match="later"):
+        reranker.rank("q", ["d"])
+    os.symlink(tiny_causal_lm, tmp_path / "later")
+    assert len(reranker.rank("q", ["d"])) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork, so nothing is inherited through one")
+def test_a_forked_child_scores_with_a_worker_of_its_own(tiny_causal_lm: Path) -> None:
+    """The parent forks while its worker is busy and its locks are in use; the child must neither hang nor score wrongly."""
+    reranker = Reranker(**options(tiny_causal_lm), token_budget=512)
+    expected = reranker.rank("q", DOCUMENTS[:10])
+    stop = threading.Event()
+
+    def keep_busy() -> None:
+        while not stop.is_set():
+            reranker.rank("busy", DOCUMENTS[:60])
+
+    busy = [threading.Thread(target=keep_busy) for _ in range(2)]
+    for thread in busy:
+        thread.start()
+    try:
+        for _ in range(5):
+            assert _in_child(lambda: _child_ranks(reranker, expected)) == "equal"
+    finally:
+        stop.set()
+        for thread in busy:
+            thread.join()
+    assert reranker.rank("q", DOCUMENTS[:10]) == expected
+
+
+def _child_ranks(reranker: Reranker, expected: object) -> str:
+    if reranker.rank("q", DOCUMENTS[:10]) != expected or asyncio.run(reranker.arank("q", DOCUMENTS[:10])) != expected:
+        return "different"
+    reranker.close()
+    return "equal" if reranker.rank("q", DOCUMENTS[:10]) == expected else "different after close"
+
+
+def _in_child(work: Callable[[], str]) -> str:
+    """What `work` returned in a forked child; its traceback if it raised; "hung" if it took 60 seconds."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(write, work().encode())
+        except BaseException:
+            os.write(write, traceback.format_exc().encode())
+        os._exit(0)
+    os.close(write)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            break
+        time.sleep(0.01)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return "hung"
+    with os.fdopen(read) as pipe:
+        return pipe.read()
+
+
+def test_multiprocessing_fork_and_spawn(tiny_causal_lm: Path) -> None:
+    """As gunicorn --preload and celery do: load in the parent, score in workers."""
+    code = """
+        import json, multiprocessing
+        from zerank_integrations import Reranker
+        reranker = Reranker(FOLDER, dtype="float32", device="cpu")
+        def score(text):
+            return reranker.score("q", [text, "other"])
+        if __name__ == "__main__":
+            expected = [score(text) for text in "abcd"]
+            with multiprocessing.get_context("fork").Pool(2) as pool:
+                print(json.dumps([expected, pool.map(score, "abcd")]))
+    """
+    done = run(code, tiny_causal_lm)
+    assert done.returncode == 0, done.stderr
+    expected, found = json.loads(done.stdout)
+    assert found == expected
+
+
+def test_ctrl_c_leaves_a_running_rank_promptly(tiny_causal_lm: Path) -> None:
+    code = """
+        import os, signal, threading, time
+        from zerank_integrations import Reranker
+        with Reranker(FOLDER, dtype="float32", device="cpu", token_budget=256) as reranker:
+            reranker.warm_up()
+            threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+            try:
+                reranker.rank("q", ["the river and the paper " * 20] * 50_000)
+                print("finished")
+            except KeyboardInterrupt:
+                stopped = time.monotonic()
+                assert len(reranker.rank("q", ["still works"])) == 1
+                print("interrupted", time.monotonic() - stopped < 5)
+    """
+    before = time.monotonic()
+    done = run(code, tiny_causal_lm)
+    assert done.stdout.split() == ["interrupted", "True"], done.stdout + done.stderr
+    assert done.returncode == 0
+    assert time.monotonic() - before < 60
+
+
+@pytest.mark.parametrize("ending", ["pass", "reranker.close()", "del reranker", "raise SystemExit(0)"])
+def test_clean_interpreter_exit(tiny_causal_lm: Path, ending: str) -> None:
+    code = f"""
+        import threading
+        from zerank_integrations import Reranker
+        reranker = Reranker(FOLDER, dtype="float32", device="cpu", token_budget=256)
+        reranker.rank("q", ["a", "b"])
+        threading.Thread(target=lambda: reranker.rank("q", ["the river " * 30] * 300), daemon=True).start()
+        {ending}
+    """
+    done = run(code, tiny_causal_lm)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Fatal" not in done.stderr
+
+
+def test_waiting_calls_end_when_the_interpreter_does() -> None:
+    """Nothing was ever loaded: exit is immediate."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from zerank_integrations import Reranker; Reranker('nowhere/at-all')"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
