@@ -17,7 +17,6 @@ from haystack.utils.device import ComponentDevice
 
 from zerank_integrations.checkpoints import DEFAULT
 from zerank_integrations.errors import ZerankWarning
-from zerank_integrations.prompt import ControlTokens
 from zerank_integrations.reranker import Reranker
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from zerank_integrations.prompt import ControlTokens
     from zerank_integrations.ranked import RankedDocument
 
 # The path in users' YAML files, so it never changes.
