@@ -22,6 +22,7 @@ import pytest
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
+from llama_index.core.chat_engine import ContextChatEngine
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events import BaseEvent
@@ -29,6 +30,7 @@ from llama_index.core.instrumentation.events.exception import ExceptionEvent
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.instrumentation.events.span import SpanDropEvent
 from llama_index.core.llms import MockLLM
+from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import (
     BaseNode,
@@ -349,6 +351,15 @@ async def test_in_a_query_engine(make: Make) -> None:
     assert len(debug.get_event_pairs(CBEventType.RERANKING)) == 2
 
 
+async def test_in_a_chat_engine(make: Make) -> None:
+    # The default memory leaves a database connection open, which the suite takes for an error.
+    memory = ChatMemoryBuffer.from_defaults(token_limit=3000)
+    chatting = ContextChatEngine.from_defaults(Shelf(), llm=MockLLM(), memory=memory, node_postprocessors=[make(top_n=2)])
+    expected = ids(make(top_n=2).postprocess_nodes(nodes(), query_str=QUERY))
+    assert ids(chatting.chat(QUERY).source_nodes) == expected
+    assert ids((await chatting.achat(QUERY)).source_nodes) == expected
+
+
 async def test_twenty_concurrent_queries(make: Make) -> None:
     asking = engine(make(top_n=4))
     queries = [query for query, _ in reference.random_pairs(20, seed=22)]
@@ -572,7 +583,7 @@ def test_round_trips_keep_every_option_and_no_secret(make: Make) -> None:
     }
     assert ZerankRerank.from_dict(data).to_dict() == data
     assert ZerankRerank.from_json(postprocessor.to_json()).to_dict() == data
-    assert ZerankRerank.from_dict(data, top_n=5).top_n == 5
+    assert ZerankRerank.from_dict(data, top_n=5, token=SECRET).to_dict() == data | {"top_n": 5}
     assert pickle.loads(pickle.dumps(postprocessor)).to_dict() == data
     assert copy.deepcopy(postprocessor).to_dict() == data
     assert json.loads(postprocessor.model_dump_json()) == data
