@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -191,7 +192,7 @@ def test_passages_cover_the_text_and_overlap(text: str, size: int) -> None:
     assert found[0][0] == 0
     assert found[-1][1] == len(text)
     assert all(end - start <= max(size, 0) or len(found) == 1 for start, end in found)
-    for (start, end), (next_start, next_end) in zip(found, found[1:], strict=False):
+    for (start, end), (next_start, next_end) in itertools.pairwise(found):
         assert start < next_start <= end < next_end or (start < next_start <= end and next_end > end)
 
 
