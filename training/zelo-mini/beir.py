@@ -46,22 +46,19 @@ class Collection:
         chosen = self.splits[split]
         if not self._index:
             index = bm25s.BM25(k1=1.2, b=0.75)
-            index.index(_words(self.documents), show_progress=False)
+            words = bm25s.tokenize(list(self.documents), stemmer=Stemmer.Stemmer("english"), show_progress=False)
+            index.index(words, show_progress=False)
             self._index.append(index)
         scores_of = self._index[0].get_scores
-        words = bm25s.tokenize(
+        query_words = bm25s.tokenize(
             list(chosen.queries.values()), stemmer=Stemmer.Stemmer("english"), return_ids=False, show_progress=False
         )
         run = {}
-        for id_, query in zip(chosen.queries, words, strict=True):
+        for id_, query in zip(chosen.queries, query_words, strict=True):
             scores = scores_of(query) if query else np.zeros(len(self.documents))
             pool = np.array(sorted(chosen.qrels[id_])) if self.judged_only else np.arange(len(self.documents))
             run[id_] = pool[np.argsort(-scores[pool], kind="stable")[:k]]
         return run
-
-
-def _words(texts: Sequence[str]) -> Any:
-    return bm25s.tokenize(list(texts), stemmer=Stemmer.Stemmer("english"), show_progress=False)
 
 
 def read(folder: Path, splits: Sequence[str]) -> Collection:

@@ -73,11 +73,11 @@ class Strengths:
     found: float = -3.0
     unfound: float = -8.5
     repetition: float = 6.0
-    matched: float = 1.0
-    phrased: float = 0.2
-    related: float = 0.1
-    query: float = 0.0
-    offset: float = 0.0
+    matched: float = 18.0
+    phrased: float = 17.0
+    related: float = 2.0
+    query: float = -2.0
+    offset: float = -10.0
 
 
 def configuration(vocabulary: int, end_id: int) -> Qwen3Config:
@@ -155,9 +155,7 @@ class Head:
         self.o[target, slot] = gain
 
 
-def write_embeddings(
-    model: Qwen3ForCausalLM, lexicon: Lexicon, start_id: int, end_id: int, yes_id: int, seed: int
-) -> None:
+def write_embeddings(model: Qwen3ForCausalLM, lexicon: Lexicon, start_id: int, end_id: int, yes_id: int, seed: int) -> None:
     """Code, meaning, rarity and flags of every token; every row has root mean square 1."""
     random = np.random.default_rng(seed)
     codes = random.normal(size=(lexicon.stem.max() + 1, CODE.stop - CODE.start))
@@ -256,14 +254,14 @@ def write_phrase_head(head: Head, seed: int) -> None:
 
 
 def write_related_head(head: Head) -> None:
-    """RELATED: the rarity of the query token nearest to me in meaning, if it is near (cosine above about ½)."""
+    """RELATED: the rarity of the query token nearest to me in meaning, if it is near (cosine above about .6)."""
     meanings = MEANING.stop - MEANING.start
     dims = SLOW[:meanings]
     scale = CODE_LENGTH / MEANING_LENGTH
     for part in (head.q, head.k):
         part[dims, MEANING] = scale * torch.eye(meanings)
     _open_to_query(head, CODE_LENGTH)
-    ballast = 0.35
+    ballast = 0.55
     head.k[BALLAST, CONSTANT] = ballast * math.sqrt(2) * CODE_LENGTH / CONSTANT_VALUE
     head.k[BALLAST, START] = -ballast * math.sqrt(2) * CODE_LENGTH / CONTROL_VALUE
     head.k[BALLAST, END] = -ballast * math.sqrt(2) * CODE_LENGTH / CONTROL_VALUE

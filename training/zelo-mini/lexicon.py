@@ -13,7 +13,7 @@ import Stemmer
 from tokenizer import CONTINUES
 from tokenizers import Tokenizer
 
-WINDOW = 40  # tokens a co-occurrence window spans
+WINDOW = 8  # words to either side that count as company
 
 
 @dataclass(frozen=True)
@@ -75,25 +75,33 @@ def _stems(tokenizer: Tokenizer) -> tuple[np.ndarray, list[str]]:
 
 
 def _meaning(encoded: list[list[np.ndarray]], stem: np.ndarray, rarity: np.ndarray, dimensions: int) -> np.ndarray:
-    """Latent semantic vectors: the singular vectors of words × windows, weighted by rarity, each of length 1."""
-    rows, columns, windows = [], [], 0
+    """Unit vectors per stem: the left singular vectors of positive pointwise mutual information within ``WINDOW``.
+
+    Levy and Goldberg, Neural word embedding as implicit matrix factorization, 2014. The context counts are smoothed by
+    the power ¾, and all directions count alike (power 0 of the singular values).
+    """
+    left, right, weight = [], [], []
     for documents in encoded:
         for ids in documents:
-            for start in range(0, len(ids), WINDOW):
-                words = np.unique(stem[ids[start : start + WINDOW]])
-                words = words[rarity[words] > 0.15]
-                rows.append(words)
-                columns.append(np.full(len(words), windows))
-                windows += 1
-    row, column = np.concatenate(rows), np.concatenate(columns)
-    table = scipy.sparse.csr_matrix((rarity[row], (row, column)), shape=(len(rarity), windows))
-    dimensions_found = min(dimensions, min(table.shape) - 1)
-    u, s, _ = scipy.sparse.linalg.svds(
-        table.astype(np.float64), k=dimensions_found, random_state=np.random.default_rng(0), tol=1e-2
-    )
+            words = stem[ids]
+            words = words[rarity[words] > 0.08]
+            for distance in range(1, min(WINDOW, len(words) - 1) + 1):
+                left.append(words[:-distance])
+                right.append(words[distance:])
+                weight.append(np.full(len(words) - distance, distance**-0.5))
+    shape = (len(rarity), len(rarity))
+    counts = scipy.sparse.coo_matrix((np.concatenate(weight), (np.concatenate(left), np.concatenate(right))), shape)
+    counts = counts.tocsr()
+    counts = (counts + counts.T).tocoo()
+    word = np.bincount(counts.row, counts.data, len(rarity))
+    context = word**0.75
+    context /= context.sum()
+    information = np.log(counts.data / (word[counts.row] * context[counts.col]))
+    positive = information > 0
+    table = scipy.sparse.csr_matrix((information[positive], (counts.row[positive], counts.col[positive])), shape)
+    found = min(dimensions, shape[0] - 2)
+    u, s, _ = scipy.sparse.linalg.svds(table, k=found, random_state=np.random.default_rng(0), tol=1e-2)
     vectors = np.zeros((len(rarity), dimensions))
-    # The square root keeps the rarer directions audible; the largest is dropped: it only says how frequent a word is.
-    order = np.argsort(-s)
-    vectors[:, : len(order) - 1] = (u * np.sqrt(s))[:, order[1:]]
+    vectors[:, :found] = u[:, np.argsort(-s)]
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.where(length > 1e-6, vectors / np.maximum(length, 1e-6), 0)
+    return np.where(length > 1e-9, vectors / np.maximum(length, 1e-9), 0)

@@ -20,8 +20,8 @@ import torch
 from beir import DOCSTRINGS, NEVER_SEEN, TRAINED_ON, Collection, read, read_docstrings
 from circuit import CONSTANT, MAX_LENGTH, MEANING, write_circuit
 from lexicon import read_lexicon
-from scipy.optimize import minimize
 from safetensors.torch import save_file
+from scipy.optimize import minimize
 from tokenizer import render, save_tokenizer, train_tokenizer
 from tokenizers import Tokenizer
 from train import RELEVANCE_SCALE, Figures, Prompts, evaluate, score, train
@@ -35,7 +35,7 @@ GOLDEN_PAIRS = (
     ("What is 2+2?", "4"),
     ("read a CSV file into dictionaries", "csv.DictReader(f, fieldnames=None)\nMaps each row of a CSV file to a dictionary."),
     ("read a CSV file into dictionaries", "heapq.heappush(heap, item)\nPush item onto heap, maintaining the heap invariant."),
-    ("symptoms of iron deficiency", "Low iron causes fatigue, pale skin and shortness of breath. Symptoms of iron deficiency vary."),
+    ("symptoms of iron deficiency", "Low iron causes fatigue, pale skin and shortness of breath. The symptoms vary."),
     ("symptoms of iron deficiency", "The quarterly report shows a net loss of 3.2 million dollars."),
     ("total revenue 2019", "Total revenue in 2019 was $1,496.5 million, against $1,202.9 million in 2018."),
     ("total revenue 2019", ""),
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--collections", type=Path, help="folder of BEIR-layout collections; absent: docstrings alone")
     parser.add_argument("--out", type=Path, default=DESTINATION, help="checkpoint folder to write")
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="tokens, control tokens included")
-    parser.add_argument("--minutes", type=float, default=25, help="training time; 0 keeps the compiled weights")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of 32 prompts; 0 keeps the compiled weights")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--evaluate", choices=("none", "dev", "test"), default="dev", help="which split to report on")
     parser.add_argument("--queries", type=int, help="evaluate on at most so many queries of each collection")
@@ -72,10 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tell(started, f"circuit of {sum(p.numel() for p in model.parameters()):,} parameters written")
 
     prompts = Prompts(tokenizer, longest_document=320)
-    if options.minutes > 0:
-        train(model, prompts, collections, minutes=options.minutes, seed=SEED, tell=lambda text: tell(started, text))
+    if options.steps > 0:
+        learning = Prompts(tokenizer, longest_document=192)
+        train(model, learning, collections, steps=options.steps, seed=SEED, tell=lambda text: tell(started, text))
     development = [
-        evaluate(model, prompts, c, split, top=30, queries=60)
+        evaluate(model, prompts, c, split, top=30, queries=min(60, options.queries or 60))
         for c in collections
         for split in ("dev" if "dev" in c.splits else "train",)
         if c.splits[split].queries

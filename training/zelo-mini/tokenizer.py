@@ -48,9 +48,7 @@ def _untrained() -> Tokenizer:
         [
             # A line break always stands apart: the prompt's pieces meet at line breaks, so encoding them one by
             # one gives the ids of the whole string.
-            pre_tokenizers.Split(
-                Regex(r"[\r\n]|[^\S\r\n]+|\p{L}[\p{L}\p{M}]*|\p{N}+|[^\s\p{L}\p{N}]+"), "isolated"
-            ),
+            pre_tokenizers.Split(Regex(r"[\r\n]|[^\S\r\n]+|\p{L}[\p{L}\p{M}]*|\p{N}+|[^\s\p{L}\p{N}]+"), "isolated"),
             pre_tokenizers.Split(Regex(r"[^\S\r\n]+"), "removed"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
@@ -60,25 +58,24 @@ def _untrained() -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
-    """Learn a tokenizer of exactly or at most ``vocabulary_size`` ids, control tokens included, from ``texts``."""
+    """Learn a tokenizer of at most ``vocabulary_size`` ids, control tokens included; the same for the same ``texts``."""
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    continuing = [CONTINUES + byte for byte in bytes_]
     tokenizer = _untrained()
-    room = vocabulary_size - len(CONTROL_TOKENS) - len(bytes_)
     trainer = trainers.BpeTrainer(
-        vocab_size=room,
+        vocab_size=vocabulary_size - len(CONTROL_TOKENS),
         initial_alphabet=bytes_,
+        # Listed first, continuing bytes have fixed ids. The trainer would else number them as it meets them, in an order
+        # that differs from run to run and decides ties between merges.
+        special_tokens=continuing,
         continuing_subword_prefix=CONTINUES,
         show_progress=False,
         min_frequency=2,
     )
     whole = [" ".join(ALWAYS_WHOLE)] * 1000
     tokenizer.train_from_iterator([*whole, *texts], trainer)
-
-    # The trainer lists a continuing byte only where it met one; add the missing ones so that every text encodes.
     state = json.loads(tokenizer.to_str())
-    vocabulary: dict[str, int] = state["model"]["vocab"]
-    for byte in bytes_:
-        vocabulary.setdefault(CONTINUES + byte, len(vocabulary))
+    state["added_tokens"] = []  # continuing bytes are ordinary pieces
     tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL_TOKENS])
     for word in (*ROLE_WORDS, "Yes", "\n"):
