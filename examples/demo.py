@@ -84,7 +84,11 @@ def figures(collection: Collection, candidates: Mapping[str, list[str]], reranke
     print(f"\n{'NDCG@10':12}{'all queries':>14}{'a word shared':>16}{'no word shared':>16}")
     for name, run in runs.items():
         ndcg = collection.ndcg(run)
-        groups = (list(ndcg.values()), [v for q, v in ndcg.items() if q not in apart], [v for q, v in ndcg.items() if q in apart])
+        groups = (
+            list(ndcg.values()),
+            [v for q, v in ndcg.items() if q not in apart],
+            [v for q, v in ndcg.items() if q in apart],
+        )
         print(f"{name:12}{mean(groups[0]):14.3f}{mean(groups[1]):16.3f}{mean(groups[2]):16.3f}")
     print("(where query and answer share no word, BM25 brings no answer to rerank: a dense first stage would)")
     tokens = sum(ranked.tokens for ranked in rankings)
@@ -176,7 +180,7 @@ def langchain(example: Example) -> list[tuple[str, float]]:
 PIPELINE = f"""
 components:
   ranker:
-    type: haystack_integrations.components.rankers.zerank.ranker.ZerankRanker
+    type: haystack_integrations.components.rankers.zerank.ZerankRanker
     init_parameters:
       model: zelo-mini
       top_k: {SHOWN}

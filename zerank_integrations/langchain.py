@@ -38,15 +38,11 @@ except ImportError as error:
     )
     raise MissingPackage(msg) from error
 
-from zerank_integrations.checkpoints import DEFAULT
-from zerank_integrations.reranker import Reranker
+from zerank_integrations.reranker import LoadOptions, Reranker, chosen
 
 if TYPE_CHECKING:
     from typing import Unpack
 
-    import torch
-
-    from zerank_integrations.prompt import ControlTokens
     from zerank_integrations.ranked import Ranked, RankedDocument
 
 __all__ = ["RerankInput", "RerankResult", "ZerankCompressor", "ZerankCrossEncoder"]
@@ -62,24 +58,6 @@ SPAN = "relevance_span"
 
 STARTED = "zerank_rerank_start"
 ENDED = "zerank_rerank_end"
-
-
-class LoadOptions(TypedDict, total=False):
-    """The options of `Reranker` beside the model; they mean here what they mean there."""
-
-    revision: str | None
-    base: str | os.PathLike[str] | None
-    device: str | torch.device | None
-    dtype: str | torch.dtype
-    attn_implementation: str | None
-    cache_folder: str | os.PathLike[str] | None
-    local_files_only: bool
-    token: str | bool | None
-    max_length: int | None
-    max_passage_tokens: int | None
-    token_budget: int
-    control_tokens: ControlTokens
-    instruction: str | None
 
 
 class RerankResult(TypedDict):
@@ -135,7 +113,7 @@ class ZerankCompressor(BaseDocumentCompressor):
         threshold: float | None = None,
         **options: Unpack[LoadOptions],
     ) -> None:
-        fields = {"reranker": _held(reranker, model, options), "top_n": top_n, "threshold": threshold}
+        fields = {"reranker": chosen(reranker, model, options), "top_n": top_n, "threshold": threshold}
         super().__init__(**fields)
 
     # LangChain's verbs
@@ -330,7 +308,7 @@ class ZerankCrossEncoder(BaseCrossEncoder):
         reranker: Reranker | None = None,
         **options: Unpack[LoadOptions],
     ) -> None:
-        self.reranker = _held(reranker, model, options)
+        self.reranker = chosen(reranker, model, options)
 
     def score(self, text_pairs: Sequence[tuple[str, str]], *, progress: bool = False) -> list[float]:
         """Relevances in [0, 1] of (query, document) pairs, in their order; pairs of all queries are scored in one go.
@@ -426,16 +404,6 @@ class _Reranking(Runnable[RerankInput, list[Document]]):
     ) -> list[Exception | list[Document]]:
         requests, callbacks = [_asked(each) for each in given], [run.get_child() for run in run_manager]
         return [*await self.compressor._acompress_all(requests, callbacks, self.compressor._limits(**limits))]
-
-
-def _held(reranker: Reranker | None, model: str | os.PathLike[str] | None, options: LoadOptions) -> Reranker:
-    if reranker is None:
-        return Reranker(DEFAULT if model is None else model, **options)
-    if model is not None or options:
-        given = [*(["model"] if model is not None else []), *options]
-        msg = f"both a reranker and {', '.join(given)} are given; expected one or the other. Give the options to the Reranker"
-        raise ValueError(msg)
-    return reranker
 
 
 def _text(index: int, document: object) -> str:

@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Self
 
 try:
     import llama_index.core.instrumentation as instrument
@@ -43,16 +43,12 @@ except ImportError as error:
     )
     raise MissingPackage(msg) from error
 
-from zerank_integrations.checkpoints import DEFAULT
 from zerank_integrations.errors import ZerankWarning
-from zerank_integrations.reranker import Reranker
+from zerank_integrations.reranker import LoadOptions, Reranker, chosen
 
 if TYPE_CHECKING:
     from typing import Unpack
 
-    import torch
-
-    from zerank_integrations.prompt import ControlTokens
     from zerank_integrations.ranked import Ranked
 
 __all__ = ["ZerankRerank"]
@@ -61,24 +57,6 @@ RETRIEVAL_SCORE = "retrieval_score"
 """Metadata: the score a node had before it was first reranked. LlamaIndex's rerankers share this name."""
 
 dispatcher = instrument.get_dispatcher(__name__)  # type: ignore[attr-defined]
-
-
-class LoadOptions(TypedDict, total=False):
-    """The options of `Reranker` beside the model; they mean here what they mean there."""
-
-    revision: str | None
-    base: str | os.PathLike[str] | None
-    device: str | torch.device | None
-    dtype: str | torch.dtype
-    attn_implementation: str | None
-    cache_folder: str | os.PathLike[str] | None
-    local_files_only: bool
-    token: str | bool | None
-    max_length: int | None
-    max_passage_tokens: int | None
-    token_budget: int
-    control_tokens: ControlTokens
-    instruction: str | None
 
 
 class ZerankRerank(BaseNodePostprocessor):
@@ -131,7 +109,7 @@ class ZerankRerank(BaseNodePostprocessor):
             msg = "trust_remote_code=True has no effect: code that comes with a checkpoint is never run. Leave it out"
             warnings.warn(msg, ZerankWarning, stacklevel=2)
         fields: dict[str, Any] = {
-            "reranker": _held(reranker, model, options),
+            "reranker": chosen(reranker, model, options),
             "top_n": top_n,
             "threshold": threshold,
             "metadata_mode": metadata_mode,
@@ -264,16 +242,6 @@ class ZerankRerank(BaseNodePostprocessor):
                 raise
             event.on_end(payload={EventPayload.NODES: reranked})
         dispatcher.event(ReRankEndEvent(nodes=reranked))
-
-
-def _held(reranker: Reranker | None, model: str | os.PathLike[str] | None, options: LoadOptions) -> Reranker:
-    if reranker is None:
-        return Reranker(DEFAULT if model is None else model, **options)
-    if model is not None or options:
-        given = [*(["model"] if model is not None else []), *options]
-        msg = f"both a reranker and {', '.join(given)} are given; expected one or the other. Give the options to the Reranker"
-        raise ValueError(msg)
-    return reranker
 
 
 def _query(query_bundle: QueryBundle | None) -> QueryBundle:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from zerank_integrations import checkpoints
 from zerank_integrations.checkpoints import Layout, Recognised, Source, recognise, weight_files
@@ -303,21 +306,22 @@ def _base(adapter: Recognised, source: Source) -> tuple[Recognised, Path]:
 
 
 def _weights(recognised: Recognised, settings: dict[str, Any]) -> transformers.PreTrainedModel:
-    weight_files(recognised.weights)
+    files = weight_files(recognised.weights)
     auto = (
         transformers.AutoModelForSequenceClassification
         if recognised.layout is Layout.SEQUENCE_CLASSIFICATION
         else transformers.AutoModelForCausalLM
     )
     try:
-        model, report = auto.from_pretrained(  # type: ignore[misc]
-            recognised.weights,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **settings,
-        )
+        with _bar_only_for(files):
+            model, report = auto.from_pretrained(  # type: ignore[misc]
+                recognised.weights,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **settings,
+            )
     except (SafetensorError, RuntimeError) as error:
         msg = f"the weights in {recognised.weights} cannot be read ({error}); expected whole safetensors. Download them again"
         raise CheckpointRefused(msg) from error
@@ -330,6 +334,19 @@ def _weights(recognised: Recognised, settings: dict[str, Any]) -> transformers.P
         )
         raise CheckpointRefused(msg)
     return model
+
+
+@contextmanager
+def _bar_only_for(files: list[Path]) -> Iterator[None]:
+    """Transformers' loading bar is welcome for gigabytes and noise for a model that loads in a blink."""
+    if not is_progress_bar_enabled() or sum(file.stat().st_size for file in files) > 2**28:
+        yield
+        return
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _yes_row(recognised: Recognised, yes: int, *, tied: bool) -> tuple[torch.Tensor, float]:

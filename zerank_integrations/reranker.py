@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypedDict, TypeVar
 
 from zerank_integrations.checkpoints import DEFAULT, Checkpoint, Source, known
 from zerank_integrations.engine import shared
@@ -30,6 +30,24 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TOKEN_BUDGET = 8_192
+
+
+class LoadOptions(TypedDict, total=False):
+    """The options of `Reranker` beside the model; they mean here what they mean there."""
+
+    revision: str | None
+    base: str | os.PathLike[str] | None
+    device: str | torch.device | None
+    dtype: str | torch.dtype
+    attn_implementation: str | None
+    cache_folder: str | os.PathLike[str] | None
+    local_files_only: bool
+    token: str | bool | None
+    max_length: int | None
+    max_passage_tokens: int | None
+    token_budget: int
+    control_tokens: ControlTokens
+    instruction: str | None
 
 
 class Reranker:
@@ -445,6 +463,21 @@ def _document(
 
 def _in_order(ranked: Ranked) -> list[float]:
     return [document.relevance for document in sorted(ranked, key=lambda document: document.index)]
+
+
+def chosen(reranker: Reranker | None, model: str | os.PathLike[str] | None, options: LoadOptions) -> Reranker:
+    """The reranker that was passed to an integration, or one made of a model and options.
+
+    Raises:
+        ValueError: both were given.
+    """
+    if reranker is None:
+        return Reranker(DEFAULT if model is None else model, **options)
+    if model is not None or options:
+        given = [*(["model"] if model is not None else []), *options]
+        msg = f"both a reranker and {', '.join(given)} are given; expected one or the other. Give the options to the Reranker"
+        raise ValueError(msg)
+    return reranker
 
 
 def _bar() -> tqdm:

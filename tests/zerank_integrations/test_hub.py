@@ -71,7 +71,14 @@ class Hub:
         sizes |= {"modeling_zeranker.py": 1, "pytorch_model.bin": 1, "chart.png": 1}
         tree = [{"type": "file", "path": name, "size": size, "oid": self.commit(name)} for name, size in sizes.items()]
         files = [{"rfilename": name} for name in sizes]
-        facts = {"id": repository, "sha": self.commit(revision), "siblings": files, "private": False, "tags": [], "downloads": 0}
+        facts = {
+            "id": repository,
+            "sha": self.commit(revision),
+            "siblings": files,
+            "private": False,
+            "tags": [],
+            "downloads": 0,
+        }
         return 200, json.dumps(tree if kind == "tree" else facts).encode(), {"Content-Type": "application/json"}
 
     def file(self, path: Path, revision: str) -> tuple[int, bytes, dict[str, str]]:
@@ -116,7 +123,7 @@ RANK = """
 
 
 def test_download_cache_offline(hub: Hub, run: Run) -> None:
-    """One download at the pinned revision through HF_ENDPOINT; afterwards the cache serves, online or off, by any of its names."""
+    """One download at the pinned revision through HF_ENDPOINT; afterwards the cache serves, online or off, by any name."""
     online = run(RANK.format(model=DEFAULT, more=""), HF_ENDPOINT=hub.address)
     assert online.returncode == 0, online.stderr
     revision = known(DEFAULT).revision
@@ -133,7 +140,13 @@ def test_download_cache_offline(hub: Hub, run: Run) -> None:
 
     other = run(RANK.format(model="zeroentropy/zerank-2", more=""), HF_HUB_OFFLINE="1")
     assert other.returncode == 1
-    for part in ("zeroentropy/zerank-2-reranker", "offline mode is on", f"cached models in {'/'}", DEFAULT, 'Reranker("zelo-mini")'):
+    for part in (
+        "zeroentropy/zerank-2-reranker",
+        "offline mode is on",
+        f"cached models in {'/'}",
+        DEFAULT,
+        'Reranker("zelo-mini")',
+    ):
         assert part in other.stderr
 
 
@@ -154,7 +167,13 @@ def test_unreachable_says_why_and_what_to_do(run: Run) -> None:
     # Port 9 is the discard service, which listens nowhere by default.
     done = run(code, HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 0, done.stderr
-    for part in ("someone/model could not be had from http://127.0.0.1:9", "cached models in", ": none", "HF_HOME", "zelo-mini"):
+    for part in (
+        "someone/model could not be had from http://127.0.0.1:9",
+        "cached models in",
+        ": none",
+        "HF_HOME",
+        "zelo-mini",
+    ):
         assert part in done.stdout, done.stdout
 
 

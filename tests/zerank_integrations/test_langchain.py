@@ -32,7 +32,8 @@ from langchain_tests.integration_tests import RetrieversIntegrationTests
 
 from zerank_integrations import Ranked, Reranker, ZerankWarning
 from zerank_integrations.checkpoints import DEFAULT
-from zerank_integrations.langchain import LoadOptions, ZerankCompressor, ZerankCrossEncoder
+from zerank_integrations.langchain import ZerankCompressor, ZerankCrossEncoder
+from zerank_integrations.reranker import LoadOptions
 
 QUERY = "quick river bridge"
 TEXTS = (

@@ -49,7 +49,8 @@ from llama_index.core.schema import (
 
 from tests import reference
 from zerank_integrations import ModelUnreachable, QueryTooLong, Reranker, ZerankWarning
-from zerank_integrations.llama_index import RETRIEVAL_SCORE, LoadOptions, ZerankRerank
+from zerank_integrations.llama_index import RETRIEVAL_SCORE, ZerankRerank
+from zerank_integrations.reranker import LoadOptions
 
 QUERY = "Who repairs the ancient bridge near the harbour?"
 TEXTS = [document for _, document in reference.random_pairs(8, seed=21)]
