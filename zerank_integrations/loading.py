@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from zerank_integrations import checkpoints
 from zerank_integrations.checkpoints import Layout, Recognised, Source, recognise, weight_files
-from zerank_integrations.errors import CheckpointRefused, ForkedDevice, MissingPackage, ModelUnreachable
+from zerank_integrations.errors import CheckpointRefused, ForkedDevice, MissingPackage, ModelUnreachable, ZerankWarning
 from zerank_integrations.prompt import PromptEncoder, prompt
 
 if TYPE_CHECKING:
@@ -89,6 +90,13 @@ def load(source: Source) -> Loaded:
     tokenizer = load_tokenizer(tokenizer_folder)
     template = check_template(tokenizer)
     encoder = PromptEncoder(tokenizer.backend_tokenizer)
+    if not encoder.pieces:
+        warnings.warn(
+            f"the tokenizer of {folder} encodes pieces of a prompt otherwise than the whole, so every pair is encoded as one "
+            "string: the scores are right, but slower to come by. Said once per load",
+            ZerankWarning,
+            stacklevel=2,
+        )
     for named in {recognised.yes, weights.yes} - {None, encoder.yes}:
         msg = (
             f'{folder} reads the logit of token {named}, but its tokenizer encodes "Yes" as {encoder.yes}; '

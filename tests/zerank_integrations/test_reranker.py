@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
+import shutil
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
@@ -254,6 +256,28 @@ def test_the_first_cut_warns_once(tiny_causal_lm: Path) -> None:
         short.rank("q", ["the river " * 100])
 
 
+def test_the_fallback_to_whole_strings_warns_once(tiny_causal_lm: Path, tmp_path: Path) -> None:
+    """Control tokens that swallow the white space after them: pieces encoded apart would be other ids."""
+    folder = shutil.copytree(tiny_causal_lm, tmp_path / "swallowing")
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    for token in definition["added_tokens"]:
+        token["rstrip"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    configured = json.loads((folder / "tokenizer_config.json").read_text())
+    configured |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    configured.pop("added_tokens_decoder", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(configured))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    reranker = Reranker(folder, dtype="float32", device="cpu")
+    with pytest.warns(ZerankWarning, match="encoded as one string") as caught:
+        found = logits(reranker, FEW)
+    assert len(caught) == 1
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    expected = reference.reference_logits(folder, tokenizer, FEW)
+    assert difference(found, expected) < 1e-5
+    assert found == logits(reranker, FEW)
+
+
 def test_max_length_defaults_to_the_checkpoints_context(reranker: Reranker) -> None:
     assert reranker.engine().loaded.context == tiny.CONTEXT
     with pytest.warns(ZerankWarning, match=f"a prompt of {tiny.CONTEXT} tokens"):
@@ -323,9 +347,6 @@ def test_refused_with_a_remedy(tiny_folder: Folder, builder: Callable[[Path], Pa
 
 
 def test_a_recorded_scale_is_believed(tiny_folder: Folder, tmp_path: Path) -> None:
-    import json
-    import shutil
-
     folder = shutil.copytree(tiny_folder("sequence_classification_unrelated"), tmp_path / "recorded")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"zerank_score_scale": 0.2}))
@@ -337,9 +358,6 @@ def test_a_recorded_scale_is_believed(tiny_folder: Folder, tmp_path: Path) -> No
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_an_adapter_over_the_wrong_base_is_refused(tiny_lora: Path, tiny_folder: Folder, tmp_path: Path) -> None:
-    import json
-    import shutil
-
     folder = shutil.copytree(tiny_lora, tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "gone/elsewhere/base"}))
