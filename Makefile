@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format clean
+.PHONY: help install demo test bench check format clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,11 @@ demo: install ## rank the embedded collection, then inside LlamaIndex, LangChain
 
 test: install ## run the whole test suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: install ## measure the CPU table and many clients (half an hour), and write docs/performance.md
+	$(BIN)/python -m benchmarks.cpu
+	$(BIN)/python -m benchmarks.concurrency
+	$(BIN)/python -m benchmarks.report
 
 check: install ## style, types, import direction
 	$(BIN)/ruff check

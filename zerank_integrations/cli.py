@@ -13,6 +13,7 @@ import sys
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,12 +25,16 @@ from zerank_integrations.checkpoints import DEFAULT, known
 from zerank_integrations.errors import ZerankError, ZerankWarning
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from zerank_integrations.ranked import Ranked, RankedDocument
 
 FAILURE, INTERRUPTED, BROKEN_PIPE = 1, 128 + 2, 128 + 13
 
 # Below this a bar would come and go faster than it can be read.
 MUCH = 50
+
+MIB = 2**20
 
 JSON_LINES = (".jsonl", ".ndjson")
 
@@ -285,6 +290,110 @@ def check(
         print(f"{len(found)} checks: {len(found) - failed - skipped} ok, {failed} failed, {skipped} skipped")
     if failed:
         raise typer.Exit(FAILURE)
+
+
+@_command
+def bench(
+    *,
+    model: Annotated[str, typer.Argument(metavar="MODEL|FOLDER", help="Hub id, folder, or zelo-mini.")] = DEFAULT,
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="FILE...", help="Documents, read as by rank; - is standard input.", show_default="the embedded collection"
+        ),
+    ] = None,
+    query: Annotated[
+        list[str] | None,
+        typer.Option("--query", "-q", help="What is looked for; may be repeated.", show_default="the embedded collection's"),
+    ] = None,
+    field: Annotated[
+        str | None,
+        typer.Option(help="Read every input as JSON Lines and take this field.", show_default="text, in .jsonl files"),
+    ] = None,
+    documents: Annotated[int, typer.Option("--documents", "-n", min=1, help="Documents of one request.")] = 100,
+    runs: Annotated[int, typer.Option(min=1, help="Requests at most.")] = 20,
+    seconds: Annotated[float, typer.Option(min=0, help="Begin no request after this time; one is made at least.")] = 60,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    revision: Revision = None,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    local_files_only: LocalFilesOnly = False,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a whole prompt; longer documents are cut.", show_default="the model's context"),
+    ] = None,
+) -> None:
+    """Measure how quickly a model ranks documents on this machine.
+
+    Each request ranks a number of documents, taken in turn. The time is a user's: from texts to the ranking.
+    """
+    if any(not text.strip() for text in query or []):
+        raise typer.BadParameter("it is empty; expected what is looked for", param_hint="--query")
+    if field is not None and not files:
+        raise typer.BadParameter("it names no field of the embedded collection; expected a FILE", param_hint="--field")
+    texts = [document.text for file in files or [] for document in _read(file, field, whole=False)]
+    if files and not texts:
+        msg = f"there is no document in {', '.join(files)}; expected one per line that is not empty"
+        raise Mistake(msg)
+    _notice(model)
+
+    from zerank_integrations.bench import bench as measure
+    from zerank_integrations.embedded.collection import load
+    from zerank_integrations.reranker import Reranker
+
+    collection = load() if not files or not query else None
+    if collection is not None:
+        texts = texts or [document.text for document in collection.documents.values()]
+        query = query or [one.text for one in collection.queries.values()]
+    try:
+        reranker = Reranker(
+            model,
+            revision=revision,
+            base=base,
+            device=device,
+            dtype=dtype,
+            local_files_only=local_files_only,
+            max_length=max_length,
+        )
+        with reranker, _steps_watched(1 + runs) as advance:
+            found = measure(reranker, query or [], texts, count=documents, runs=runs, seconds=seconds, advance=advance)
+    except ValueError as error:
+        raise Mistake(str(error)) from error
+
+    if as_json:
+        print(_json({"model": model, "documents_per_run": documents} | found.record(), indent=1))
+        return
+    print(f"device      {found.device}, {found.dtype}, loaded in {found.loading:.1f} s")
+    print(f"requests    {len(found.seconds)} of {documents} documents, {sum(found.tokens)} prompt tokens in all")
+    print(f"documents   {found.documents_per_second:.1f} per second")
+    print(f"tokens      {found.tokens_per_second:.0f} per second")
+    print(f"latency     p50 {found.percentile(50) * 1000:.0f} ms, p95 {found.percentile(95) * 1000:.0f} ms per request")
+    if found.peak_bytes is not None and found.model_bytes is not None:
+        above = max(0, found.peak_bytes - found.model_bytes) / MIB
+        print(f"memory      peak {found.peak_bytes / MIB:.0f} MiB, {above:.0f} MiB above the loaded model")
+
+
+@contextmanager
+def _steps_watched(steps: int) -> Iterator[Callable[[], object]]:
+    """A bar where someone watches. Yields what is called when it begins and after each step."""
+    bar: tqdm | None = None
+
+    def advance() -> None:
+        nonlocal bar
+        if bar is not None:
+            bar.update()
+        elif sys.stderr.isatty():
+            from tqdm import tqdm
+
+            # Not before: loading draws bars of its own.
+            bar = tqdm(total=steps, desc="measuring", unit="request")
+
+    try:
+        yield advance
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 # Documents

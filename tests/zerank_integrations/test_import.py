@@ -28,7 +28,8 @@ HEAVY = (
 DIRECTION: dict[str, set[str]] = {
     "__init__": {"checkpoints", "errors", "ranked", "relevance", "reranker"},
     "__main__": {"cli"},
-    "cli": {"check", "checkpoints", "errors", "ranked", "reranker"},
+    "cli": {"bench", "check", "checkpoints", "embedded.collection", "errors", "ranked", "reranker"},
+    "bench": {"reranker"},
     "check": {"checkpoints", "errors", "loading", "prompt", "relevance", "reranker", "engine.forward", "engine.shared"},
     "llama_index": {"checkpoints", "errors", "ranked", "reranker"},
     "langchain": {"checkpoints", "errors", "ranked", "reranker"},

@@ -1,0 +1,1 @@
+"""What scoring costs, measured: ours beside its rivals, on one machine, in interleaved runs."""
