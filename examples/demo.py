@@ -6,6 +6,7 @@ No download: the documents are the docstrings of the Python that runs this. `mak
 from __future__ import annotations
 
 import os
+import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,6 @@ from zerank_integrations.embedded import Collection, Document, load
 
 CANDIDATES = 30
 SHOWN = 3
-# Queries whose answer BM25 has among its candidates, but not first.
-EXAMPLES = ("which day of the week is a date", "run a command and capture its output", "sort a list of objects by an attribute")
 
 
 class BM25:
@@ -63,16 +62,16 @@ def main() -> None:
     with Reranker("zelo-mini") as reranker:
         reranker.warm_up()
         reranked = figures(collection, candidates, reranker)
-        in_frameworks(collection, bm25, reranker)
-        print(f"\nequal in the core and in all three frameworks: {reranked} test queries ranked, {SHOWN} of them four times")
+        in_frameworks(collection, candidates, examples(collection, candidates, reranked), reranker)
+        print("\nall three frameworks ranked these three queries as the core does")
     print(f'\nFor real use, one line changes:  Reranker("zelo-mini")  →  Reranker("{DEFAULT}")')
 
 
-def figures(collection: Collection, candidates: Mapping[str, list[str]], reranker: Reranker) -> int:
-    """NDCG@10 of BM25, of the reranked list and of both fused, over all test queries at once."""
+def figures(collection: Collection, candidates: Mapping[str, list[str]], reranker: Reranker) -> dict[str, list[str]]:
+    """NDCG@10 of BM25, of the reranked list and of both fused, over all test queries at once; returns the reranked lists."""
     requests = [(collection.queries[q].text, [collection.documents[d].text for d in ids]) for q, ids in candidates.items()]
     before = time.perf_counter()
-    rankings = reranker.rank_many(requests, progress=True)
+    rankings = reranker.rank_many(requests, progress=sys.stderr.isatty())
     seconds = time.perf_counter() - before
     reranked = {q: [candidates[q][i] for i in ranked.indices] for q, ranked in zip(candidates, rankings, strict=True)}
     runs = {
@@ -84,16 +83,19 @@ def figures(collection: Collection, candidates: Mapping[str, list[str]], reranke
     print(f"\n{'NDCG@10':12}{'all queries':>14}{'a word shared':>16}{'no word shared':>16}")
     for name, run in runs.items():
         ndcg = collection.ndcg(run)
-        groups = (
-            list(ndcg.values()),
-            [v for q, v in ndcg.items() if q not in apart],
-            [v for q, v in ndcg.items() if q in apart],
-        )
-        print(f"{name:12}{mean(groups[0]):14.3f}{mean(groups[1]):16.3f}{mean(groups[2]):16.3f}")
+        shared, unshared = ([v for q, v in ndcg.items() if (q in apart) is is_apart] for is_apart in (False, True))
+        print(f"{name:12}{mean([*ndcg.values()]):14.3f}{mean(shared):16.3f}{mean(unshared):16.3f}")
     print("(where query and answer share no word, BM25 brings no answer to rerank: a dense first stage would)")
     tokens = sum(ranked.tokens for ranked in rankings)
     print(f"\n{1000 * seconds / len(requests):.0f} ms a query of {CANDIDATES} candidates, {tokens / seconds:,.0f} tokens/s")
-    return len(requests)
+    return reranked
+
+
+def examples(collection: Collection, candidates: Mapping[str, list[str]], reranked: Mapping[str, list[str]]) -> list[str]:
+    """Ids of three test queries: one that reranking helps most, one that it harms most, and one in the middle."""
+    before, after = collection.ndcg(candidates), collection.ndcg(reranked)
+    by_gain = sorted((q for q in before if before[q] or after[q]), key=lambda q: after[q] - before[q])
+    return [by_gain[-1], by_gain[len(by_gain) // 2], by_gain[0]]
 
 
 def mean(values: Sequence[float]) -> float:
@@ -110,20 +112,24 @@ class Example:
     texts: list[str]
 
 
-def in_frameworks(collection: Collection, bm25: BM25, reranker: Reranker) -> None:
-    """Three queries through the core and through each framework's own pipeline.
+def in_frameworks(
+    collection: Collection, candidates: Mapping[str, list[str]], queries: Sequence[str], reranker: Reranker
+) -> None:
+    """The queries through the core and through each framework's own pipeline.
 
     Raises:
         SystemExit: a framework ranks otherwise than the core.
     """
-    for query in EXAMPLES:
-        ids = bm25.retrieve(query)
-        example = Example(query, ids, [collection.documents[d].text for d in ids])
-        ranked = reranker.rank(query, example.texts, top_k=SHOWN)
-        print(f"\n“{query}”")
-        print(f"  {'BM25':40}reranked")
+    print("\nmost helped, middling and most harmed by reranking (grade of each document in brackets):")
+    for query in queries:
+        ids, grades = candidates[query], collection.qrels[query]
+        example = Example(collection.queries[query].text, ids, [collection.documents[d].text for d in ids])
+        ranked = reranker.rank(example.query, example.texts, top_k=SHOWN)
+        print(f"\n“{example.query}”")
+        print(f"  {'BM25':48}reranked")
         for before, after in zip(ids, ranked, strict=False):
-            print(f"  {before:40}{ids[after.index]:40}{after.relevance:.3f}")
+            left, right = (f"{d:.42} [{grades.get(d, 0)}]" for d in (before, ids[after.index]))
+            print(f"  {left:48}{right:48}{after.relevance:.3f}")
         for name, pipeline in (("LlamaIndex", llama_index), ("LangChain", langchain), ("Haystack", haystack)):
             check(name, pipeline(example), ranked, ids)
 

@@ -156,6 +156,17 @@ def recognise(folder: Path) -> Recognised:
         ModelUnreachable: there is no such folder, or nothing of a model in it.
         CheckpointRefused: it is no layout that could score right; the message names the remedy.
     """
+    try:
+        return _recognise(folder)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        msg = (
+            f"the JSON files of {folder} have not the form of a checkpoint's ({type(error).__name__}: {error}); expected "
+            "objects as transformers, sentence-transformers or peft write them. Download the checkpoint again"
+        )
+        raise CheckpointRefused(msg) from error
+
+
+def _recognise(folder: Path) -> Recognised:
     if not folder.is_dir():
         msg = f"{folder} is not a folder; expected one with a checkpoint's config.json and safetensors weights"
         raise ModelUnreachable(msg)
@@ -178,7 +189,11 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / WEIGHTS_INDEX
     if index.is_file():
-        files = [folder / name for name in sorted(set(_json(index)["weight_map"].values()))]
+        try:
+            files = [folder / name for name in sorted(set(_json(index)["weight_map"].values()))]
+        except (KeyError, TypeError, AttributeError) as error:
+            msg = f"{index} has no weight_map; expected the names of the shards. Download the checkpoint again"
+            raise CheckpointRefused(msg) from error
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             msg = (

@@ -132,7 +132,8 @@ class ZerankRerank(BaseNodePostprocessor):
 
     # The base class makes a span of this one, but not of its asynchronous twin.
     def _postprocess_nodes(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None) -> list[NodeWithScore]:
-        query = _query(query_bundle)
+        # An iterator can be read but once, and is read for events, texts and copies.
+        query, nodes = _query(query_bundle), list(nodes)
         with self._reported(query, nodes) as reranked:
             ranked = self.reranker.rank(query.query_str, self._texts(nodes), self.top_n, self.threshold)
             reranked += self._reranked(nodes, ranked)
@@ -142,7 +143,7 @@ class ZerankRerank(BaseNodePostprocessor):
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        query = _query(query_bundle)
+        query, nodes = _query(query_bundle), list(nodes)
         with self._reported(query, nodes) as reranked:
             ranked = await self.reranker.arank(query.query_str, self._texts(nodes), self.top_n, self.threshold)
             reranked += self._reranked(nodes, ranked)

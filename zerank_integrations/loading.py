@@ -136,8 +136,9 @@ def locate(model: str, source: Source) -> Path:
     checkpoint = checkpoints.known(model)
     if checkpoint is not None and checkpoint.folder is not None:
         return checkpoint.folder
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    # Not Path: a name that no file system can hold, or ~ of nobody, is no folder rather than an error.
+    folder = Path(os.path.expanduser(model))
+    if os.path.isdir(folder):
         return folder
     if checkpoint is None and (folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1):
         msg = (
@@ -160,11 +161,13 @@ def choose_device(device: str | None) -> torch.device:
     if device is None:
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         device = next(name for name, is_there in available.items() if is_there)
+    known = f'device is {device!r}; expected "cpu", "cuda", "cuda:1" or "mps"'
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        msg = f'device is {device!r}; expected "cpu", "cuda", "cuda:1" or "mps"'
-        raise ValueError(msg) from error
+        raise ValueError(known) from error
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(known)
     if chosen.type == "cuda" and getattr(torch.cuda, "_is_in_bad_fork", bool)():
         msg = (
             "CUDA was in use before this process was forked and cannot be used in it; expected a fresh process. Load the "
@@ -206,9 +209,10 @@ def load_tokenizer(folder: Path) -> TokenizersBackend:
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # As with the weights: a foreign file can be wrong in any way.
         msg = (
-            f"{folder} has no tokenizer that loads ({error}); expected tokenizer.json. "
+            f"{folder} has no tokenizer that loads ({type(error).__name__}: {error}); expected tokenizer.json. "
             "Copy the tokenizer files of the checkpoint it was made from into the folder"
         )
         raise CheckpointRefused(msg) from error
@@ -297,11 +301,14 @@ def _unreachable(repository: str, revision: str | None, source: Source, error: E
 
 def _base(adapter: Recognised, source: Source) -> tuple[Recognised, Path]:
     """The base an adapter lies over, and the folder of the tokenizer: its own if it brings one, else its base's."""
-    name = source.base or adapter.config.get("base_model_name_or_path") or ""
+    name = source.base or adapter.config.get("base_model_name_or_path")
+    if not name:
+        msg = f"the adapter {adapter.folder} names no base model; expected one. Pass base= with its folder or id"
+        raise CheckpointRefused(msg)
     # An adapter records its base as it was called in training; beside the adapter is where a moved pair still meets.
     beside = adapter.folder / name
     try:
-        folder = beside if name and not os.path.isabs(name) and beside.is_dir() else locate(name, source)
+        folder = beside if not os.path.isabs(name) and beside.is_dir() else locate(name, source)
         base = recognise(folder)
     except ModelUnreachable as error:
         msg = f"the base {name!r} of the adapter {adapter.folder} was not found. Pass base= with its folder or id\n{error}"
@@ -330,8 +337,17 @@ def _weights(recognised: Recognised, settings: dict[str, Any]) -> transformers.P
                 output_loading_info=True,
                 **settings,
             )
-    except (SafetensorError, RuntimeError) as error:
-        msg = f"the weights in {recognised.weights} cannot be read ({error}); expected whole safetensors. Download them again"
+    except ImportError as error:
+        msg = f"the attention {settings['attn_implementation']!r} needs a package that is not installed ({error})"
+        raise MissingPackage(msg) from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # Foreign files can be wrong in any way, and transformers answers with any exception.
+        msg = (
+            f"the checkpoint in {recognised.weights} cannot be read ({type(error).__name__}: {error}); expected config.json "
+            "and whole safetensors as they were published. Download them again"
+        )
         raise CheckpointRefused(msg) from error
     missing = sorted(report["missing_keys"])
     if missing:
@@ -397,8 +413,12 @@ def _merged(model: transformers.PreTrainedModel, adapter: Path) -> transformers.
     except ImportError as error:
         msg = 'a LoRA adapter needs peft, which is not installed: pip install "zerank-integrations[train]"'
         raise MissingPackage(msg) from error
-    adapted = PeftModel(model, PeftConfig.from_pretrained(str(adapter)))
-    report = adapted.load_adapter(str(adapter), "default", is_trainable=False)
+    try:
+        adapted = PeftModel(model, PeftConfig.from_pretrained(str(adapter)))
+        report = adapted.load_adapter(str(adapter), "default", is_trainable=False)
+    except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        msg = f"the adapter {adapter} does not load over its base ({error}); expected peft's files, made over this base"
+        raise CheckpointRefused(msg) from error
     unmatched = sorted({*report.unexpected_keys, *(key for key in report.missing_keys if "lora_" in key)})
     if unmatched:
         msg = (

@@ -2,9 +2,49 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import overload
+
+
+def checked_top_k(top_k: object) -> int | None:
+    """A number of documents, or None for all.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it is negative.
+    """
+    if top_k is None:
+        return None
+    if isinstance(top_k, bool) or not hasattr(top_k, "__index__"):
+        msg = f"top_k is {top_k!r}; expected a whole number of documents, or None for all"
+        raise TypeError(msg)
+    number = operator.index(top_k)
+    if number < 0:
+        msg = f"top_k is {number}; expected a number of documents, 0 or more, or None for all"
+        raise ValueError(msg)
+    return number
+
+
+def checked_threshold(threshold: object) -> float | None:
+    """A relevance, or None for no threshold.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it lies outside [0, 1].
+    """
+    if threshold is None:
+        return None
+    if not isinstance(threshold, Real):
+        msg = f"threshold is {threshold!r}; expected a relevance in [0, 1], or None for all"
+        raise TypeError(msg)
+    relevance = float(threshold)
+    if not 0.0 <= relevance <= 1.0:
+        msg = f"threshold is {relevance!r}; expected a relevance in [0, 1] (logits are in `.logit`)"
+        raise ValueError(msg)
+    return relevance
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +110,21 @@ class Ranked(Sequence[RankedDocument]):
         return len(self.documents)
 
     def top(self, k: int | None) -> Ranked:
-        """The k most relevant (all for None)."""
+        """The k most relevant (all for None).
+
+        Raises:
+            TypeError, ValueError: k is no number of documents.
+        """
+        k = checked_top_k(k)
         return self if k is None else self[:k]
 
     def above(self, threshold: float | None) -> Ranked:
-        """Those whose relevance is at least the threshold (all for None)."""
+        """Those whose relevance is at least the threshold (all for None).
+
+        Raises:
+            TypeError, ValueError: the threshold is no relevance.
+        """
+        threshold = checked_threshold(threshold)
         if threshold is None:
             return self
         return Ranked(self.query, tuple(d for d in self.documents if d.relevance >= threshold))

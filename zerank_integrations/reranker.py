@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,12 +18,10 @@ from zerank_integrations.engine import shared
 from zerank_integrations.errors import NonFiniteLogits, ZerankWarning
 from zerank_integrations.passages import spans
 from zerank_integrations.prompt import ControlTokens, Prompt, PromptEncoder, readable, with_instruction
-from zerank_integrations.ranked import Ranked, RankedDocument
+from zerank_integrations.ranked import Ranked, RankedDocument, checked_threshold, checked_top_k
 from zerank_integrations.relevance import relevance_of
 
 if TYPE_CHECKING:
-    import os
-
     import torch
     from tqdm.std import tqdm
 
@@ -30,6 +29,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TOKEN_BUDGET = 8_192
+
+# Sorting this many takes about 20 ms, longer than an event loop should be held.
+MANY = 1_000
 
 
 class LoadOptions(TypedDict, total=False):
@@ -103,22 +105,29 @@ class Reranker:
             ("max_passage_tokens", max_passage_tokens),
             ("token_budget", token_budget),
         ):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__") or value < 1):
                 msg = f"{name} is {value!r}; expected a number of tokens, at least 1"
                 raise ValueError(msg)
         if control_tokens not in ("text", "parse"):
             msg = f'control_tokens is {control_tokens!r}; expected "text" (safe) or "parse" (as the published files)'
             raise ValueError(msg)
+        if not isinstance(model, str | os.PathLike) or not str(model):
+            msg = f'model is {model!r}; expected a Hub id, a folder, or "zelo-mini"'
+            raise TypeError(msg)
+        if instruction is not None and not isinstance(instruction, str):
+            msg = f"instruction is {type(instruction).__name__}; expected a str"
+            raise TypeError(msg)
         self.model = str(model)
+        self.base = None if base is None else str(base)
         self.max_length = max_length
         self.max_passage_tokens = max_passage_tokens
         self.token_budget = token_budget
         self.control_tokens: ControlTokens = control_tokens
         self.instruction = instruction
         source = Source(
-            model=self.model,
+            model=_place(self.model),
             revision=revision,
-            base=None if base is None else str(base),
+            base=None if self.base is None else _place(self.base),
             device=None if device is None else str(device),
             dtype=str(dtype).removeprefix("torch."),
             attn_implementation=attn_implementation,
@@ -173,7 +182,7 @@ class Reranker:
         """Rank the documents of several queries at once; steps are filled across queries. One ranking per request, in order."""
         call = _Call.of(requests, top_k, threshold)
         if not call.work:
-            return call.rankings([])
+            return call.empty()
         with _bar() if progress else nullcontext() as bar:
             started = self._start(call, bar)
             try:
@@ -207,9 +216,12 @@ class Reranker:
         """`rank_many` without holding the event loop."""
         call = _Call.of(requests, top_k, threshold)
         if not call.work:
-            return call.rankings([])
+            return call.empty()
         started = await self._in_thread(lambda: self._start(call), abandon=lambda started: started.future.cancel())
-        return started.rankings(await asyncio.wrap_future(started.future))
+        logits = await asyncio.wrap_future(started.future)
+        if call.work < MANY:
+            return started.rankings(logits)
+        return await self._in_thread(lambda: started.rankings(logits))
 
     async def ascore(self, query: str, documents: Iterable[str]) -> list[float]:
         """`score` without holding the event loop."""
@@ -256,13 +268,13 @@ class Reranker:
         """Name and state, never the token."""
         return f"Reranker({self.model!r}, {'loaded' if self.loaded else 'not loaded'})"
 
-    def __reduce__(self) -> tuple[Callable[..., Reranker], tuple[dict[str, object]]]:
+    def __reduce__(self) -> tuple[Callable[..., Reranker], tuple[type[Reranker], dict[str, object]]]:
         """Pickled as its options: the copy loads, or shares, the model itself. The token is a secret and stays behind."""
-        return _reranker, (self.options,)
+        return _reranker, (type(self), self.options)
 
     def __copy__(self) -> Reranker:
         """Another handle with the same options."""
-        return Reranker(**self.options | {"token": self._handle.source.token})  # type: ignore[arg-type]
+        return type(self)(**self.options | {"token": self._handle.source.token})  # type: ignore[arg-type]
 
     def __deepcopy__(self, _: object) -> Reranker:
         """Another handle with the same options; the weights are shared, not copied."""
@@ -272,7 +284,7 @@ class Reranker:
     def options(self) -> dict[str, object]:
         """The constructor's arguments as basic types, without the token: `Reranker(**options)` is an equal one."""
         source = {f.name: getattr(self._handle.source, f.name) for f in fields(Source) if f.name != "token"}
-        own = ("max_length", "max_passage_tokens", "token_budget", "control_tokens", "instruction")
+        own = ("model", "base", "max_length", "max_passage_tokens", "token_budget", "control_tokens", "instruction")
         return source | {name: getattr(self, name) for name in own}
 
     @property
@@ -309,7 +321,7 @@ class Reranker:
             max_length = engine.loaded.context if self.max_length is None else self.max_length
             pieces = [
                 piece
-                for query, texts in zip(call.queries, call.texts, strict=True)
+                for query, texts in zip(call.queries, call.texts(), strict=True)
                 for piece in self._pieces(encoder, with_instruction(readable(query)[0], self.instruction), texts, max_length)
             ]
             self._warn_of_cuts(pieces, max_length)
@@ -333,18 +345,16 @@ class Reranker:
             prompts = encoder.encode(query, documents, max_length)
             return [(text, [(None, prompt)]) for text, prompt in zip(texts, prompts, strict=True)]
         size = min(self.max_passage_tokens, encoder.room(query, max_length))
-        found = [spans(document, tokens, size) for document, tokens in zip(documents, encoder.offsets(documents), strict=True)]
-        passages = [document[slice(*span)] for document, each in zip(documents, found, strict=True) for span in each]
-        encoded = iter(encoder.encode(query, passages, max_length))
-        return [(text, [(span, next(encoded)) for span in each]) for text, each in zip(texts, found, strict=True)]
+        offsets = zip(texts, encoder.offsets(documents), strict=True)
+        return [(text, _passages(encoder, query, text.readable, tokens, size, max_length)) for text, tokens in offsets]
 
     def _warn_of_cuts(self, pieces: list[_Piece], max_length: int) -> None:
-        cut = sum(prompt.truncated for _, prompts in pieces for _, prompt in prompts)
+        cut = sum(any(prompt.truncated for _, prompt in prompts) for _, prompts in pieces)
         if cut and not self._warned:
             self._warned = True
             warnings.warn(
                 f"{cut} of {len(pieces)} documents were longer than a prompt of {max_length} tokens allows and were cut at "
-                "their end. Each says so (.truncated); read them whole with max_passage_tokens=. Said once per reranker",
+                "their end. Each says so (.truncated); max_passage_tokens= reads them whole. Said once",
                 ZerankWarning,
                 stacklevel=2,
             )
@@ -376,42 +386,57 @@ _Piece = tuple[_Text, list[tuple[tuple[int, int] | None, Prompt]]]
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """The checked arguments of one call."""
+    """The arguments of one call, each iterable read once."""
 
     queries: list[str]
-    texts: list[list[_Text]]
+    documents: list[list[object]]
     top_k: int | None
     threshold: float | None
 
     @classmethod
     def of(cls, requests: Iterable[tuple[str, Iterable[str]]], top_k: int | None, threshold: float | None) -> _Call:
-        if top_k is not None and top_k < 0:
-            msg = f"top_k is {top_k!r}; expected a number of documents, 0 or more, or None for all"
-            raise ValueError(msg)
-        if threshold is not None and not 0.0 <= threshold <= 1.0:
-            msg = f"threshold is {threshold!r}; expected a relevance in [0, 1] (logits are in `.logit`)"
-            raise ValueError(msg)
-        queries, texts = [], []
-        for query, documents in requests:
+        top_k, threshold = checked_top_k(top_k), checked_threshold(threshold)
+        queries: list[str] = []
+        listed: list[list[object]] = []
+        for request in requests:
+            if not isinstance(request, tuple | list) or len(request) != 2:
+                msg = f"request {len(queries)} is {type(request).__name__}; expected a pair (query, documents)"
+                raise TypeError(msg)
+            query, documents = request
             if not isinstance(query, str):
                 msg = f"the query is {type(query).__name__}; expected a str"
                 raise TypeError(msg)
             if isinstance(documents, str | bytes):
                 msg = f"documents is one {type(documents).__name__}; expected a list of str: [document]"
                 raise TypeError(msg)
+            if not isinstance(documents, Iterable):
+                msg = f"documents is {type(documents).__name__}; expected a list of str"
+                raise TypeError(msg)
             queries.append(query)
-            texts.append([_text(index, document) for index, document in enumerate(documents)])
-        return cls(queries, texts, top_k, threshold)
+            listed.append(list(documents))
+        return cls(queries, listed, top_k, threshold)
 
     @property
     def work(self) -> int:
         """Documents to score; none when nothing of the ranking would be returned."""
-        return 0 if self.top_k == 0 else sum(map(len, self.texts))
+        return 0 if self.top_k == 0 else sum(map(len, self.documents))
 
-    def rankings(self, documents: Sequence[Sequence[RankedDocument]]) -> list[Ranked]:
+    def texts(self) -> list[list[_Text]]:
+        """The documents as texts, per query."""
+        where = "" if len(self.queries) == 1 else " of request {}"
+        return [
+            [_text(f"{index}{where.format(request)}", document) for index, document in enumerate(documents)]
+            for request, documents in enumerate(self.documents)
+        ]
+
+    def rankings(self, scored: Sequence[Sequence[RankedDocument]]) -> list[Ranked]:
         """One ranking per query, from its scored documents in input order."""
-        scored = documents or [[] for _ in self.queries]
         return [Ranked.of(q, d, self.top_k, self.threshold) for q, d in zip(self.queries, scored, strict=True)]
+
+    def empty(self) -> list[Ranked]:
+        """The rankings of a call that has nothing to score."""
+        self.texts()
+        return self.rankings([[]] * len(self.queries))
 
 
 @dataclass(frozen=True, slots=True)
@@ -425,30 +450,46 @@ class _Started:
     def rankings(self, logits: list[float]) -> list[Ranked]:
         each, pieces = iter(logits), iter(self.pieces)
         return self.call.rankings(
-            [[_document(index, *next(pieces), each) for index, _ in enumerate(texts)] for texts in self.call.texts]
+            [[_document(i, *next(pieces), each) for i in range(len(documents))] for documents in self.call.documents]
         )
 
 
-def _text(index: int, document: object) -> _Text:
+def _text(place: str, document: object) -> _Text:
     if not isinstance(document, str):
-        msg = f"document {index} is {type(document).__name__}; expected a str. Leave it out or pass its text"
+        msg = f"document {place} is {type(document).__name__}; expected a str. Leave it out or pass its text"
         raise TypeError(msg)
     # A plain str: subclasses (numpy's, a markup class's) carry behaviour that has no place in a result.
     text = str(document)
     return _Text(text, *readable(text))
 
 
+def _passages(
+    encoder: PromptEncoder, query: str, text: str, tokens: list[tuple[int, int]], size: int, max_length: int
+) -> list[tuple[tuple[int, int] | None, Prompt]]:
+    """The prompts of a text's passages, none of them cut.
+
+    A passage encoded by itself can have more tokens than it had inside its document, where no space separates words.
+    """
+    while True:
+        found = spans(text, tokens, size)
+        prompts = encoder.encode(query, [text[slice(*span)] for span in found], max_length)
+        if size == 1 or not any(prompt.truncated for prompt in prompts):
+            return list(zip(found, prompts, strict=True))
+        size = max(1, size * 3 // 4)
+
+
 def _document(
     index: int, text: _Text, prompts: list[tuple[tuple[int, int] | None, Prompt]], logits: Iterator[float]
 ) -> RankedDocument:
     scored = [(next(logits), span, prompt) for span, prompt in prompts]
-    logit, span, _ = max(scored, key=lambda passage: passage[0])
-    if not all(math.isfinite(value) for value, _, _ in scored):
+    strange = next((value for value, _, _ in scored if not math.isfinite(value)), None)
+    if strange is not None:
         msg = (
-            f"the model answered {logit} for document {index}; expected a finite number. float16 overflows in these models: "
+            f"the model answered {strange} for document {index}; expected a finite number. float16 overflows in these models: "
             'use dtype="bfloat16" or "float32"; with those, the weights are damaged (`zerank check` tells)'
         )
         raise NonFiniteLogits(msg)
+    logit, span, _ = max(scored, key=lambda passage: passage[0])
     return RankedDocument(
         index=index,
         text=text.text,
@@ -486,5 +527,11 @@ def _bar() -> tqdm:
     return tqdm(desc="ranking", unit="prompt")
 
 
-def _reranker(options: dict[str, object]) -> Reranker:
-    return Reranker(**options)  # type: ignore[arg-type]
+def _place(model: str) -> str:
+    """A folder by its absolute path, so that it stays the same wherever the process goes; anything else as it is."""
+    # A checkpoint's own name wins over a folder that happens to have it, as it does in loading.
+    return os.path.abspath(model) if known(model) is None and os.path.isdir(model) else model
+
+
+def _reranker(kind: type[Reranker], options: dict[str, object]) -> Reranker:
+    return kind(**options)  # type: ignore[arg-type]

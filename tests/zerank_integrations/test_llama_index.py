@@ -466,6 +466,15 @@ async def test_a_failure_is_told_as_one(make: Make, heard: Heard) -> None:
         assert end.payload == {EventPayload.EXCEPTION: error}
 
 
+async def test_an_iterator_loses_no_node(tiny_causal_lm: Path) -> None:
+    rerank = ZerankRerank(tiny_causal_lm, dtype="float32", device="cpu")
+    nodes = [NodeWithScore(node=TextNode(text=text)) for text in ("a", "b", "c")]
+    expected = rerank.postprocess_nodes(nodes, query_str="q")
+    assert len(expected) == 3
+    assert rerank.postprocess_nodes(iter(nodes), query_str="q") == expected
+    assert await rerank.apostprocess_nodes(iter(nodes), query_str="q") == expected
+
+
 # Options
 
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests import reference, tiny
 from zerank_integrations import (
     CheckpointRefused,
+    MissingPackage,
     ModelUnreachable,
     NonFiniteLogits,
     QueryTooLong,
@@ -200,7 +201,13 @@ def test_nothing_to_score_never_loads(tmp_path: Path) -> None:
         (("q", ["a", b"bytes"]), TypeError, "document 1 is bytes"),
         (("q", "one text"), TypeError, "documents is one str"),
         ((None, ["a"]), TypeError, "the query is NoneType"),
+        (("q", None), TypeError, "documents is NoneType"),
         (("q", ["a"], -1), ValueError, "top_k is -1"),
+        (("q", ["a"], 2.0), TypeError, r"top_k is 2\.0; expected a whole number"),
+        (("q", ["a"], "2"), TypeError, "top_k is '2'"),
+        (("q", ["a"], True), TypeError, "top_k is True"),
+        (("q", ["a"], None, "0.1"), TypeError, "threshold is '0.1'"),
+        (("q", ["a"], None, math.nan), ValueError, "threshold is nan"),
         (("q", ["a"], None, 1.5), ValueError, r"threshold is 1\.5"),
         (("q", ["a"], None, -3.2), ValueError, "logits are in"),
     ],
@@ -210,9 +217,37 @@ def test_wrong_arguments(reranker: Reranker, arguments: tuple, error: type[Excep
         reranker.rank(*arguments)
 
 
+def test_a_request_that_is_no_pair_and_a_document_that_is_no_text_are_named(reranker: Reranker) -> None:
+    with pytest.raises(TypeError, match="request 1 is str"):
+        reranker.rank_many([("q", ["a"]), "q"])
+    with pytest.raises(TypeError, match="document 1 of request 2 is NoneType"):
+        reranker.rank_many([("q", ["a"]), ("q", []), ("q", ["a", None])])
+    with pytest.raises(TypeError, match="document 0 is int"):
+        reranker.rank("q", [1], top_k=0)
+
+
+def test_numpy_numbers_and_any_iterable_are_taken(reranker: Reranker, tiny_causal_lm: Path) -> None:
+    import numpy as np
+
+    expected = reranker.rank("q", DOCUMENTS[:9], 4, 0.01)
+    assert reranker.rank("q", (document for document in DOCUMENTS[:9]), np.int64(4), np.float32(0.01)) == expected
+    strings = reranker.rank("q", np.array(["a", "b"]))
+    assert all(type(document.text) is str for document in strings)
+    assert Reranker(tiny_causal_lm, max_length=np.int64(999), dtype="float32").rank("q", ["a"])[0].tokens < 999
+
+
+def test_results_check_their_limits_too(reranker: Reranker) -> None:
+    ranked = reranker.rank("q", ["a", "b"])
+    with pytest.raises(ValueError, match="top_k is -1"):
+        ranked.top(-1)
+    with pytest.raises(ValueError, match="threshold is nan"):
+        ranked.above(math.nan)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"max_length": True}, "max_length is True"),
         ({"max_length": 0}, "max_length is 0"),
         ({"token_budget": -1}, "token_budget is -1"),
         ({"max_passage_tokens": "12"}, "max_passage_tokens is '12'"),
@@ -222,6 +257,40 @@ def test_wrong_arguments(reranker: Reranker, arguments: tuple, error: type[Excep
 def test_wrong_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Reranker("zelo-mini", **options)
+
+
+@pytest.mark.parametrize(("model", "instruction"), [(None, None), ("", None), ("zelo-mini", 3)])
+def test_wrong_model_or_instruction(model: object, instruction: object) -> None:
+    with pytest.raises(TypeError, match="expected a"):
+        Reranker(model, instruction=instruction)
+
+
+@pytest.mark.parametrize("model", ["~nobody-of-that-name/a", "x" * 300, "./nowhere", "a/b/c"])
+def test_names_that_are_neither_folder_nor_hub_id(model: str) -> None:
+    with pytest.raises(ModelUnreachable, match=r"there is no folder"):
+        Reranker(model).warm_up()
+
+
+@pytest.mark.parametrize("device", ["xpu", "meta", "vulkan", "nonsense", "cuda:99"])
+def test_devices_that_are_not_there(tiny_causal_lm: Path, device: str) -> None:
+    with pytest.raises(ValueError, match="device is"):
+        Reranker(tiny_causal_lm, device=device).warm_up()
+
+
+def test_an_attention_that_is_not_installed(tiny_causal_lm: Path) -> None:
+    with pytest.raises(MissingPackage, match="flash_attention_2"):
+        Reranker(tiny_causal_lm, device="cpu", attn_implementation="flash_attention_2").warm_up()
+
+
+def test_a_relative_folder_stays_the_same_wherever_the_process_goes(
+    tiny_causal_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_causal_lm.parent)
+    relative = Reranker(tiny_causal_lm.name, dtype="float32", device="cpu")
+    absolute = Reranker(tiny_causal_lm, dtype="float32", device="cpu")
+    monkeypatch.chdir(tmp_path)
+    assert relative.engine() is absolute.engine()
+    assert relative.options["model"] == tiny_causal_lm.name
 
 
 def test_wrong_dtype(tiny_causal_lm: Path) -> None:
@@ -317,6 +386,17 @@ def test_the_best_passage_counts_and_its_span_is_reported(reranker: Reranker, ti
     assert short.span == (0, 5)
 
 
+@pytest.mark.parametrize("text", ["天地玄黃宇宙洪荒" * 60, "👩‍👩‍👧‍👦🏳️‍🌈" * 40, "é" * 300, "a" * 600])
+def test_passages_are_never_cut_where_no_space_separates_words(tiny_causal_lm: Path, text: str) -> None:
+    """A warning would be an error here."""
+    for size in (7, 1_000):
+        narrow = Reranker(tiny_causal_lm, dtype="float32", device="cpu", max_length=40, max_passage_tokens=size)
+        best = narrow.rank("q", [text])[0]
+        assert not best.truncated
+        assert best.passage in text
+        best.passage.encode()
+
+
 # Refusals
 
 
@@ -344,6 +424,32 @@ def test_refused_with_a_remedy(tiny_folder: Folder, builder: Callable[[Path], Pa
         reranker.rank("q", ["d"])
     assert isinstance(caught.value, ModelUnreachable) == (builder.__name__ == "empty_folder")
     assert not reranker.loaded
+
+
+@pytest.mark.parametrize(
+    ("builder", "file", "content"),
+    [
+        ("causal_lm", "config.json", "[]"),
+        ("causal_lm", "config.json", '{"model_type": "qwen3", "architectures": [null]}'),
+        ("causal_lm", "config.json", "{"),
+        ("causal_lm", "tokenizer.json", "[]"),
+        ("sentence_transformers_stack", "modules.json", '[{"path": ""}]'),
+        ("sentence_transformers_stack", "1_LogitScore/config.json", "{}"),
+        ("sharded", "model.safetensors.index.json", "{}"),
+        ("lora", "adapter_config.json", "[]"),
+        ("lora", "adapter_model.safetensors", "garbage"),
+        ("lora", "adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": null}'),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_damaged_files_are_named(tiny_folder: Folder, tmp_path: Path, builder: str, file: str, content: str) -> None:
+    folder = tiny_folder(builder)
+    base = folder.parent / "base"
+    folder = shutil.copytree(folder, tmp_path / "damaged")
+    (folder / file).write_text(content)
+    options = {"base": base} if builder == "lora" and file.endswith("safetensors") else {}
+    with pytest.raises(CheckpointRefused, match="damaged"):
+        Reranker(folder, dtype="float32", device="cpu", **options).warm_up()
 
 
 def test_a_recorded_scale_is_believed(tiny_folder: Folder, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Self
 
 from haystack import Document, component, default_from_dict, default_to_dict
@@ -496,7 +497,7 @@ def _score(document: Document) -> float:
 
 
 def _check_top_k(top_k: int) -> None:
-    if not isinstance(top_k, int) or top_k <= 0:
+    if not isinstance(top_k, Integral) or top_k <= 0:
         msg = f"top_k is {top_k!r}; expected a number of documents, at least 1"
         raise ValueError(msg)
 
@@ -504,7 +505,7 @@ def _check_top_k(top_k: int) -> None:
 def _check_threshold(score_threshold: float | None, *, scale_score: bool) -> None:
     if score_threshold is None:
         return
-    if not isinstance(score_threshold, int | float) or math.isnan(score_threshold):
+    if not isinstance(score_threshold, Real) or math.isnan(score_threshold):
         msg = f"score_threshold is {score_threshold!r}; expected a number, or None for no threshold"
         raise ValueError(msg)
     if scale_score and not 0.0 <= score_threshold <= 1.0:
