@@ -1,6 +1,7 @@
 """Make zelo-mini: tokenizer, circuit, a short training, calibration, checkpoint folder, figures.
 
     python training/zelo-mini/make.py --collections DIR
+    python training/zelo-mini/make.py --collections DIR --evaluate-only --evaluate test
 
 ``DIR`` holds collections in BEIR layout (scifact, medquad, acord, tatqa, cosqa; cranfield and legalbench-rag-mini, if
 there, are evaluated on and otherwise never read). Without it the docstrings of the standard library are all there is.
@@ -41,7 +42,7 @@ GOLDEN_PAIRS = (
     ("total revenue 2019", ""),
     ("limitation of liability", "In no event shall either party be liable for indirect or consequential damages."),
     ("limitation of liability", "Limitation of liability. The liability of each party is limited to the fees paid."),
-    ("Größe der Übertragung", "Die Größe der Übertragung hängt von der Leitung ab. 日本語 😀"),
+    ("Größe der Übertragung", "Eine Übertragung von 3 GB dauert lange. 日本語 😀"),
     ("remove duplicates from a list", "def unique(items):\n    return list(dict.fromkeys(items))"),
     ("repeat", "repeat repeat repeat repeat repeat repeat repeat repeat"),
 )  # fmt: skip
@@ -56,10 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=1000, help="training steps of 32 prompts; 0 keeps the compiled weights")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--evaluate", choices=("none", "dev", "test"), default="dev", help="which split to report on")
+    parser.add_argument("--evaluate-only", action="store_true", help="report on the checkpoint in --out, make nothing")
     parser.add_argument("--queries", type=int, help="evaluate on at most so many queries of each collection")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     started = time.monotonic()
+    if options.evaluate_only:
+        report(options.out, options.collections, options.evaluate, options.queries)
+        return
 
     collections = read_training_collections(options.collections)
     tell(started, f"read {', '.join(f'{c.name} ({len(c.documents):,} documents)' for c in collections)}")
@@ -146,14 +151,17 @@ def save_checkpoint(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path)
 
 
 def write_golden(folder: Path) -> None:
-    """golden.json: what plain transformers computes from the folder in float32."""
+    """golden.json: what plain transformers computes from the folder, in float32 and (apart, as it differs) in bfloat16."""
     model, tokenizer = load(folder)
     yes = tokenizer.encode("Yes").ids[0]
-    rows = [
-        {"query": query, "document": document, "logit": round(float(score(model, [ids], yes)[0]), 5)}
-        for query, document in GOLDEN_PAIRS
-        for ids in [tokenizer.encode(render(query, document)).ids]
-    ]
+    rows = []
+    for query, document in GOLDEN_PAIRS:
+        ids = tokenizer.encode(render(query, document)).ids
+        rows.append({"query": query, "document": document, "logit": round(float(score(model, [ids], yes)[0]), 5)})
+    model.to(torch.bfloat16)
+    for row in rows:
+        ids = tokenizer.encode(render(str(row["query"]), str(row["document"]))).ids
+        row["logit_bfloat16"] = round(float(score(model, [ids], yes)[0]), 3)
     query, document = GOLDEN_PAIRS[0]
     golden = {
         "rows": rows,
