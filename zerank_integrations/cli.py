@@ -55,6 +55,7 @@ class Mistake(Exception):
 
 def main() -> None:
     """Run the command of `sys.argv` and exit with its status."""
+    _open_streams()
     _quieten()
     try:
         try:
@@ -64,6 +65,13 @@ def main() -> None:
     except BrokenPipeError:
         _discard_output()
         sys.exit(BROKEN_PIPE)
+
+
+def _open_streams() -> None:
+    """A stream that the shell closed (`<&-`) is None, which nothing that reads or writes expects."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - it lives as long as the process
 
 
 def _quieten() -> None:
@@ -102,6 +110,10 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         except BrokenPipeError:
             _discard_output()
             raise typer.Exit(BROKEN_PIPE) from None
+        except OSError as error:
+            _discard_output()
+            _say(f"the output cannot be written: {error.strerror}")
+            raise typer.Exit(FAILURE) from None
 
     return app.command()(command)
 
@@ -454,7 +466,7 @@ def _is_record(line: str) -> bool:
     """Whether a pipe, which has no name to end in .jsonl, begins with a record: nobody wants the braces ranked as text."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(record, dict) and isinstance(record.get("text"), str)
 
@@ -462,7 +474,7 @@ def _is_record(line: str) -> bool:
 def _from_json(line: str, file: str, number: int, field: str) -> Document:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         msg = f"{file}:{number}: no JSON ({error}); expected one object per line"
         raise Mistake(msg) from None
     if not isinstance(record, dict):

@@ -388,6 +388,37 @@ def test_a_closed_pipe_is_quiet_and_so_are_the_libraries(tiny_causal_lm: Path) -
         assert (process.returncode, said) == (141, b"")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a shell that closes streams")
+@pytest.mark.parametrize(
+    ("streams", "status", "said"),
+    [
+        ("<&-", 1, "there is no document"),
+        ("< notes.txt >&-", 0, ""),
+        pytest.param(
+            "< notes.txt > /dev/full",
+            1,
+            "the output cannot be written",
+            marks=pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full device"),
+        ),
+    ],
+)
+def test_closed_and_full_streams_are_no_traceback(
+    tiny_causal_lm: Path, notes: Path, streams: str, status: int, said: str
+) -> None:
+    command = shlex.join([sys.executable, "-m", "zerank_integrations", "rank", "-q", "q", "-m", str(tiny_causal_lm)])
+    done = subprocess.run(["sh", "-c", f"{command} {streams}"], cwd=notes.parent, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "Traceback" in done.stderr) == (status, False), done.stderr
+    assert said in done.stderr
+
+
+def test_json_too_deep_to_read_is_named(rank: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    found = rank(tmp_path / "deep.jsonl")
+    assert found.exit_code == 1
+    assert "deep.jsonl:1: no JSON" in found.stderr
+    assert rank("--jsonl", stdin="[" * 100_000).exit_code == 0
+
+
 @pytest.mark.skipif(os.name != "posix", reason="a pseudo-terminal")
 def test_a_bar_where_someone_watches(tiny_causal_lm: Path) -> None:
     import fcntl
