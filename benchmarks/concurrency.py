@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -142,12 +143,15 @@ def _round(score: Score, load: Load, seconds: float, turn: int) -> tuple[list[fl
                     return
         except BaseException as error:
             failures.append(error)
+            # Else the others would wait at it for ever.
+            together.abort()
 
     clients = [threading.Thread(target=ask, args=(client, load.documents, times)) for client, times in enumerate(latencies)]
     companions = [threading.Thread(target=ask, args=(99, load.beside, []))] if load.beside else []
     for thread in (*clients, *companions):
         thread.start()
-    together.wait()
+    with suppress(threading.BrokenBarrierError):
+        together.wait()
     begun = time.perf_counter()
     for thread in clients:
         thread.join()
@@ -156,7 +160,7 @@ def _round(score: Score, load: Load, seconds: float, turn: int) -> tuple[list[fl
     for thread in companions:
         thread.join()
     if failures:
-        raise failures[0]
+        raise next((error for error in failures if not isinstance(error, threading.BrokenBarrierError)), failures[0])
     return [time for times in latencies for time in times], wall
 
 

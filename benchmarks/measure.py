@@ -94,7 +94,7 @@ def machine() -> dict[str, object]:
 def versions() -> dict[str, str | None]:
     """Of what decides a figure."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("zerank-integrations", "torch", "transformers", "sentence-transformers", "tokenizers"):
+    for package in ("zerank-integrations", "torch", "transformers", "sentence-transformers", "tokenizers", "vllm"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -25,6 +25,9 @@ NOT_YET = "Not measured yet.\n"
 
 Figures = dict[str, Any]
 
+# What stands to the right in a table; of the cells without a figure, what says so.
+NUMBER = re.compile(r"(?:[≥≤] )?[\d.,]+(?:%| s| MiB| kB| tokens)?|[\d.]+, [\d.-]+|skipped: .*|")
+
 # Of the CPU table. At 75 kB with 50 tokens and so on; each against one contender.
 GOALS = (
     ("75x50", "ST batch 32", 2.8),
@@ -118,8 +121,8 @@ def _cpu(figures: Figures) -> str:
     deeper = (1 - spared / 28) / (1 - spared / depth)
     parts = [
         f"{settings['documents']} documents, one thread, {settings['dtype']}, medians of {settings['runs']} interleaved "
-        f"runs ({settings['enough']} for who takes more than {settings['patience_s']} s), {settings['lanes']} at a time on "
-        "cores of their own; each run has texts of its own. "
+        f"runs ({settings['enough']} for who takes more than {settings['patience_s']} s), each with texts of its own; "
+        f"{settings['lanes']} of the table's rows measured at once, on a core each. "
         f"The model has {depth} layers of width {model['hidden']} in zerank-1-small's proportions "
         f"({model['parameters'] / 1e6:.1f} million parameters, head/body {model['head_share']:.0%}).",
         "![CPU seconds of every contender](performance.svg)",
@@ -258,7 +261,7 @@ def _agreement(found: Figures) -> str:
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
     # Words to the left, figures to the right.
-    numeric = [bool(rows) and all(re.match(r"[\d.,<≥≤ -]*\d", row[place]) for row in rows) for place in range(len(head))]
+    numeric = [bool(rows) and all(NUMBER.fullmatch(row[place]) for row in rows) for place in range(len(head))]
     rule = ["---:" if right else "---" for right in numeric]
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *rows))
 
