@@ -145,13 +145,14 @@ class PromptEncoder:
         """
         query, documents = query.strip(), [document.strip() for document in documents]
         each = list(dict.fromkeys(documents))
+        encoded: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]]
         if self.pieces:
             prefix = self._prefix(query)
             encoded = [(prefix, ids, self.suffix) for ids in self._document_ids(each)]
         else:
-            encoded = [self._split_whole(query, document) for document in each]
+            whole = [self._split_whole(query, document) for document in each]
             one: dict[tuple[int, ...], Sequence[int]] = {}
-            encoded = [(one.setdefault(tuple(prefix), prefix), *rest) for prefix, *rest in encoded]
+            encoded = [(one.setdefault(tuple(prefix), prefix), ids, suffix) for prefix, ids, suffix in whole]
         prompts = {document: self._fit(*parts, max_length) for document, parts in zip(each, encoded, strict=True)}
         return [prompts[document] for document in documents]
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+
 class LoadOptions(TypedDict, total=False):
     """The options of `Reranker` beside the model; they mean here what they mean there."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -42,14 +42,14 @@ class Forward:
     """
 
     def __init__(self, loaded: Loaded, attn_implementation: str | None = None) -> None:
-        self._decoder: Any = loaded.decoder
+        self._decoder = cast("Any", loaded.decoder)
         self._yes = loaded.yes
         self._device = loaded.device
         config = self._decoder.config
         self.asynchronous = self._device.type == "cuda"
         self.reason = packable.why_not(config, attn_implementation)
         self._window = packable.window(config)
-        self._near = 1.0 if packable.depends_on_companions(config) else NEAR
+        self._growing = packable.depends_on_companions(config)
         self._varlen = False
         if self.reason is None:
             attention.register()
@@ -79,7 +79,7 @@ class Forward:
         if together:
             parts.append((together, Pack.of([prompts[i] for i in together]).on(self._device)))
         lengths = [len(prompts[i]) for i in apart]
-        for group in near_equal(lengths, self._near) if packed else [[i] for i in range(len(apart))]:
+        for group in near_equal(lengths, 1.0 if self._growing else NEAR) if packed else [[i] for i in range(len(apart))]:
             indices = [apart[i] for i in group]
             parts.append((indices, Rows.of([prompts[i] for i in indices]).on(self._device)))
         return Batch(len(prompts), parts)
@@ -96,6 +96,9 @@ class Forward:
     def _hidden(self, part: Pack | Rows) -> torch.Tensor:
         """The hidden state of each prompt's last token."""
         if isinstance(part, Rows):
+            if self._growing:
+                # Dynamic scaling remembers the longest text it has seen until it sees a short one.
+                self._decoder.rotary_emb(part.ids, torch.zeros_like(part.ids[:1, :1]))
             rows = torch.arange(len(part.last), device=self._device)
             hidden: torch.Tensor = self._decoder(input_ids=part.ids, use_cache=False).last_hidden_state[rows, part.last]
             return hidden

@@ -50,7 +50,7 @@ class Pack:
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt]) -> Pack:
-        """Lay prompts out in one row. Those that share a prefix object share its tokens; equal lengths need not be neighbours."""
+        """Lay prompts out in one row. Those that share a prefix object share its tokens."""
         members: dict[int, list[int]] = {}
         for index, prompt in enumerate(prompts):
             members.setdefault(id(prompt.prefix), []).append(index)
@@ -111,7 +111,6 @@ class Rows:
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt.ids, dtype=torch.int32)
         return cls(ids, torch.tensor(lengths) - 1)
-
 
     def on(self, device: torch.device) -> Rows:
         """The same rows on a device."""

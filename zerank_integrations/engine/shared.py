@@ -14,7 +14,6 @@ from zerank_integrations.errors import ZerankWarning
 
 if TYPE_CHECKING:
     from zerank_integrations.checkpoints import Source
-    from zerank_integrations.engine.forward import Forward
     from zerank_integrations.engine.worker import Request, Worker
     from zerank_integrations.loading import Loaded
     from zerank_integrations.prompt import ControlTokens, PromptEncoder

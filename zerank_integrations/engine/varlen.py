@@ -49,7 +49,7 @@ class Varlen:
         from torch.nn.attention import varlen
 
         q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
-        out = varlen.varlen_attn(
+        out: torch.Tensor = varlen.varlen_attn(  # type: ignore[assignment]
             q,
             k[self._places],
             v[self._places],

@@ -57,7 +57,7 @@ class _Job:
         copies: dict[tuple[int, int], list[int]] = {}
         for index, prompt in enumerate(request.prompts):
             copies.setdefault((id(prompt.prefix), id(prompt.document)), []).append(index)
-        # Taken from the end, longest first: what does not fit into the memory shows at once, and steps are of near-equal lengths.
+        # Taken from the end, longest first: what does not fit into the memory shows at once.
         self.waiting = sorted(copies.values(), key=lambda indices: len(request.prompts[indices[0]]))
 
     @property
@@ -70,12 +70,16 @@ class _Job:
         self.left -= len(indices)
 
     def succeed(self) -> None:
-        if self.request.future.set_running_or_notify_cancel():
+        if self._unanswered():
             self.request.future.set_result(self.logits)
 
     def fail(self, error: BaseException) -> None:
-        if not self.request.future.done() and self.request.future.set_running_or_notify_cancel():
+        if self._unanswered():
             self.request.future.set_exception(error)
+
+    def _unanswered(self) -> bool:
+        """Whether an answer may be set: the future is neither answered nor cancelled, and from now on cannot be cancelled."""
+        return not self.request.future.done() and self.request.future.set_running_or_notify_cancel()
 
 
 # Equal prompts of a job, by their indices: one document of a step.
@@ -280,7 +284,5 @@ class Worker:
 
     def _drop_ended(self) -> None:
         """Forget requests that are answered, failed or cancelled. The lock is held."""
-        for job in [job for job in self._jobs if job.request.future.done()]:
-            self._jobs.remove(job)
-            if job.request.future.cancelled():
-                job.request.future.set_running_or_notify_cancel()
+        if any(job.request.future.done() for job in self._jobs):
+            self._jobs = deque(job for job in self._jobs if not job.request.future.done())
