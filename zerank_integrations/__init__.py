@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from zerank_integrations.checkpoints import CHECKPOINTS, Checkpoint, known
     from zerank_integrations.errors import (
+        Busy,
         CheckpointRefused,
+        DocumentTooLarge,
         ForkedDevice,
         MissingPackage,
         ModelUnreachable,
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "checkpoints": ("CHECKPOINTS", "Checkpoint", "known"),
     "errors": (
+        "Busy",
         "CheckpointRefused",
+        "DocumentTooLarge",
         "ForkedDevice",
         "MissingPackage",
         "ModelUnreachable",
@@ -47,8 +51,10 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CHECKPOINTS",
+    "Busy",
     "Checkpoint",
     "CheckpointRefused",
+    "DocumentTooLarge",
     "ForkedDevice",
     "MissingPackage",
     "ModelUnreachable",

@@ -5,6 +5,8 @@ ZerankError
 ├── CheckpointRefused     it was read and would score wrongly                   (also a ValueError)
 ├── QueryTooLong          the query leaves no room for a document               (also a ValueError)
 ├── NonFiniteLogits       the model answered NaN or infinity                    (also an ArithmeticError)
+├── Busy                  too many calls wait already                           (also a RuntimeError)
+├── DocumentTooLarge      one document alone does not fit into the memory       (also a MemoryError)
 ├── ForkedDevice          a GPU was in use before this process was forked       (also a RuntimeError)
 └── MissingPackage        an optional package is not installed                  (also an ImportError)
 
@@ -30,6 +32,14 @@ class QueryTooLong(ZerankError, ValueError):
 
 class NonFiniteLogits(ZerankError, ArithmeticError):
     """The model answered NaN or infinity, which has no place in a ranking."""
+
+
+class Busy(ZerankError, RuntimeError):
+    """As many calls as the queue holds wait for the model already; the call was refused before any work was done."""
+
+
+class DocumentTooLarge(ZerankError, MemoryError):
+    """One document, scored alone, needs more memory than the device has left."""
 
 
 class ForkedDevice(ZerankError, RuntimeError):

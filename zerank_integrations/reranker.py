@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TOKEN_BUDGET = 8_192
-
 # Sorting this many takes about 20 ms, longer than an event loop should be held.
 MANY = 1_000
 
@@ -47,9 +45,10 @@ class LoadOptions(TypedDict, total=False):
     token: str | bool | None
     max_length: int | None
     max_passage_tokens: int | None
-    token_budget: int
+    token_budget: int | None
     control_tokens: ControlTokens
     instruction: str | None
+    deterministic: bool
 
 
 class Reranker:
@@ -71,10 +70,13 @@ class Reranker:
         token: access token of a private Hub repository.
         max_length: tokens of a whole prompt, by default the checkpoint's context. Longer documents are cut at their end.
         max_passage_tokens: read longer documents as overlapping passages of this size; the best passage counts.
-        token_budget: tokens in one step at most; bounds the memory.
+        token_budget: tokens in one step at most; bounds the memory. By default what suits the device: 4,096 on a CPU, by free
+            memory on a GPU.
         control_tokens: "text" reads `<|im_end|>` and the like inside queries and documents as plain characters, so that no
             document can close its own turn; "parse" matches them as the published files do.
         instruction: put into every query's text, as zerank-2 was trained to follow.
+        deterministic: score every document in a step of its own, so that its score is the same to the last bit whatever else is
+            scored beside it, before it or by whom. @@COST@@
 
     Example:
         >>> with Reranker("zelo-mini") as reranker:
@@ -96,9 +98,10 @@ class Reranker:
         token: str | bool | None = None,
         max_length: int | None = None,
         max_passage_tokens: int | None = None,
-        token_budget: int = TOKEN_BUDGET,
+        token_budget: int | None = None,
         control_tokens: ControlTokens = "text",
         instruction: str | None = None,
+        deterministic: bool = False,
     ) -> None:
         for name, value in (
             ("max_length", max_length),
@@ -124,6 +127,7 @@ class Reranker:
         self.token_budget = token_budget
         self.control_tokens: ControlTokens = control_tokens
         self.instruction = instruction
+        self.deterministic = deterministic
         source = Source(
             model=_place(self.model),
             revision=revision,
@@ -168,6 +172,8 @@ class Reranker:
             QueryTooLong: the query leaves no room for a document.
             CheckpointRefused, ModelUnreachable: on the first call, when the model cannot be loaded.
             NonFiniteLogits: the model answered NaN or infinity.
+            Busy: too many calls wait for the model already.
+            DocumentTooLarge: a document alone does not fit into the device's memory.
         """
         return self.rank_many([(query, documents)], top_k, threshold, progress=progress)[0]
 
@@ -284,7 +290,16 @@ class Reranker:
     def options(self) -> dict[str, object]:
         """The constructor's arguments as basic types, without the token: `Reranker(**options)` is an equal one."""
         source = {f.name: getattr(self._handle.source, f.name) for f in fields(Source) if f.name != "token"}
-        own = ("model", "base", "max_length", "max_passage_tokens", "token_budget", "control_tokens", "instruction")
+        own = (
+            "model",
+            "base",
+            "max_length",
+            "max_passage_tokens",
+            "token_budget",
+            "control_tokens",
+            "instruction",
+            "deterministic",
+        )
         return source | {name: getattr(self, name) for name in own}
 
     @property
@@ -328,12 +343,14 @@ class Reranker:
             prompts = [prompt for _, passages in pieces for _, prompt in passages]
             if bar is not None:
                 bar.reset(total=len(prompts))
-            request = Request(prompts, self.token_budget, None if bar is None else bar.update)
-            request.future.add_done_callback(lambda _: held.release_call())
+            budget = self.token_budget or engine.token_budget
+            advance = None if bar is None else bar.update
+            request = Request(prompts, budget, advance, deterministic=self.deterministic)
+            engine.submit(request)
         except BaseException:
             held.release_call()
             raise
-        engine.submit(request)
+        request.future.add_done_callback(lambda _: held.release_call())
         return _Started(call, pieces, request.future)
 
     def _pieces(self, encoder: PromptEncoder, query: str, texts: Sequence[_Text], max_length: int) -> list[_Piece]:

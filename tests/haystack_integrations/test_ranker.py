@@ -453,6 +453,7 @@ def test_to_dict_is_complete_and_basic() -> None:
             "token_budget": None,
             "control_tokens": "text",
             "instruction": None,
+            "deterministic": False,
         },
     }
     arguments = inspect.signature(ZerankRanker.__init__).parameters

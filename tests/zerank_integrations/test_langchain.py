@@ -330,6 +330,7 @@ def test_every_option_of_the_reranker_is_taken(folder: str) -> None:
         "token_budget": 2048,
         "control_tokens": "parse",
         "instruction": "Prefer recipes.",
+        "deterministic": True,
     }
     assert set(options) | {"token"} == set(LoadOptions.__annotations__)
     for build in (ZerankCompressor, ZerankCrossEncoder):
@@ -428,8 +429,8 @@ def test_contextual_compression_retriever(folder: str, relevances: list[float]) 
     assert places(reranking.invoke(QUERY)) == best_first(relevances)[:3]
 
 
-async def test_contextual_compression_retriever_async_and_batch(compressor: ZerankCompressor) -> None:
-    reranking = retriever(compressor)
+async def test_contextual_compression_retriever_async_and_batch(folder: str) -> None:
+    reranking = retriever(compressor_of(folder, deterministic=True))
     queries = [QUERY, "butter and cheese", "lawyer"]
     expected = [reranking.invoke(query) for query in queries]
     assert reranking.batch(queries) == expected
@@ -641,7 +642,8 @@ def test_an_error_of_a_handler_is_not_mistaken_for_a_missing_run(compressor: Zer
 # Concurrency
 
 
-async def test_20_calls_at_once_hold_neither_the_loop_nor_its_executor(compressor: ZerankCompressor, folder: str) -> None:
+async def test_20_calls_at_once_hold_neither_the_loop_nor_its_executor(folder: str) -> None:
+    compressor = compressor_of(folder, deterministic=True)
     given = [documents(f"{text} {i} " * 20 for text in TEXTS) for i in range(20)]
     expected = [compressor.compress_documents(each, QUERY) for each in given]
     asyncio.get_running_loop().set_default_executor(Refusing())
@@ -683,7 +685,8 @@ async def test_loading_does_not_hold_the_loop(tiny_folder: Callable[[str], Path]
     assert not compressor.reranker.loaded
 
 
-async def test_a_cancelled_call_leaves_the_others_alone(compressor: ZerankCompressor) -> None:
+async def test_a_cancelled_call_leaves_the_others_alone(folder: str) -> None:
+    compressor = compressor_of(folder, deterministic=True)
     long = documents(f"{text} {i} " * 30 for i in range(5) for text in TEXTS)
     running, cancelled, waiting = (asyncio.create_task(compressor.acompress_documents(long, QUERY)) for _ in range(3))
     await asyncio.sleep(0.01)

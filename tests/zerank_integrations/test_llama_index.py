@@ -495,6 +495,7 @@ def test_every_option_of_the_reranker_is_one_here(tiny_causal_lm: Path) -> None:
         "token_budget": 1000,
         "control_tokens": "parse",
         "instruction": "prefer short ones",
+        "deterministic": True,
     }
     assert set(given) == options
     assert ZerankRerank(tiny_causal_lm, **given).reranker.options == Reranker(tiny_causal_lm, **given).options

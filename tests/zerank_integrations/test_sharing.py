@@ -21,13 +21,19 @@ from pathlib import Path
 import pytest
 
 from tests import reference
-from zerank_integrations import Reranker
+from zerank_integrations import Ranked, Reranker
 
 DOCUMENTS = [document for _, document in reference.random_pairs(400, seed=21)]
 
 
 def options(folder: Path) -> dict[str, object]:
     return {"model": folder, "dtype": "float32", "device": "cpu"}
+
+
+def alike(found: Ranked, expected: Ranked) -> bool:
+    """Equal but for the last bits, which the companions of a step may move."""
+    logits, others = ({document.index: document.logit for document in ranked} for ranked in (found, expected))
+    return logits == pytest.approx(others, abs=1e-4)
 
 
 def run(code: str, folder: Path, **options: object) -> subprocess.CompletedProcess[str]:
@@ -81,13 +87,15 @@ def test_closing_during_a_call_lets_it_finish(tiny_causal_lm: Path) -> None:
     assert decoder() is None
 
 
-def test_32_threads_equal_one(tiny_causal_lm: Path) -> None:
-    reranker = Reranker(**options(tiny_causal_lm))
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_32_threads_equal_one(tiny_causal_lm: Path, deterministic: bool) -> None:
+    reranker = Reranker(**options(tiny_causal_lm), deterministic=deterministic)
     requests = [(f"query {i}", DOCUMENTS[i : i + 8]) for i in range(32)]
     expected = [reranker.rank(*request) for request in requests]
     reranker.close()
     with ThreadPoolExecutor(32) as pool:
-        assert list(pool.map(lambda request: reranker.rank(*request), requests)) == expected
+        found = list(pool.map(lambda request: reranker.rank(*request), requests))
+    assert found == expected if deterministic else all(map(alike, found, expected))
     assert reranker.loaded
 
 
@@ -115,7 +123,7 @@ async def test_200_tasks_equal_one_and_the_loop_is_never_held(tiny_causal_lm: Pa
         await watching
     finally:
         gc.enable()
-    assert found == expected
+    assert all(map(alike, found, expected))
     assert longest < 0.050
 
 
@@ -144,8 +152,8 @@ def test_two_event_loops(tiny_causal_lm: Path) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda _: asyncio.run(several()), range(2)))
-    assert both == [[expected] * 10] * 2
-    assert asyncio.run(several()) == [expected] * 10
+    found = [*both[0], *both[1], *asyncio.run(several())]
+    assert [alike(each, expected) for each in found] == [True] * 30
 
 
 async def test_a_cancelled_task_leaves_the_rest_alone(tiny_causal_lm: Path) -> None:
@@ -158,8 +166,8 @@ async def test_a_cancelled_task_leaves_the_rest_alone(tiny_causal_lm: Path) -> N
     long.cancel()
     waiting[0].cancel()
     before = time.perf_counter()
-    assert await waiting[1] == expected
-    assert await waiting[2] == expected
+    assert alike(await waiting[1], expected)
+    assert alike(await waiting[2], expected)
     # The long request, 8,000 documents, would have taken far longer.
     assert time.perf_counter() - before < 2
     with pytest.raises(asyncio.CancelledError):

@@ -5,8 +5,12 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
+
+from zerank_integrations.engine.gate import gate
+from zerank_integrations.errors import ZerankWarning
 
 if TYPE_CHECKING:
     from zerank_integrations.checkpoints import Source
@@ -16,11 +20,30 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """A loaded checkpoint with its worker, and one prompt encoder per way of reading control tokens."""
+    """A loaded checkpoint with its worker, and one prompt encoder per way of reading control tokens.
 
-    def __init__(self, loaded: Loaded) -> None:
+    Attributes:
+        loaded: the checkpoint in memory.
+        forward: its forward pass.
+        token_budget: tokens of a step for those who name none.
+    """
+
+    def __init__(self, loaded: Loaded, attn_implementation: str | None) -> None:
+        from zerank_integrations.engine.budget import default_budget
+        from zerank_integrations.engine.forward import Forward
+
         self.loaded = loaded
         self._encoders: dict[str, PromptEncoder] = {loaded.encoder.control_tokens: loaded.encoder}
+        with gate.step():
+            self.forward = Forward(loaded, attn_implementation)
+            self.token_budget = default_budget(self.forward, loaded.device)
+        if self.forward.reason is not None:
+            warnings.warn(
+                f"prompts of {loaded.recognised.folder} are padded rather than packed, since {self.forward.reason}: the scores "
+                "are right, but take several times as long. Said once per load",
+                ZerankWarning,
+                stacklevel=2,
+            )
         self._worker = self._new_worker()
 
     def encoder(self, control_tokens: ControlTokens) -> PromptEncoder:
@@ -32,7 +55,7 @@ class Engine:
         return self._encoders[control_tokens]
 
     def submit(self, request: Request) -> None:
-        """Queue a request; its future answers."""
+        """Queue a request; its future answers. Raises Busy when too many wait."""
         self._worker.submit(request)
 
     def close(self, patience: float | None) -> None:
@@ -44,10 +67,9 @@ class Engine:
         self._worker = self._new_worker()
 
     def _new_worker(self) -> Worker:
-        from zerank_integrations.engine.forward import Forward
         from zerank_integrations.engine.worker import Worker
 
-        return Worker(Forward(self.loaded))
+        return Worker(self.forward)
 
 
 class Shared:
@@ -72,7 +94,7 @@ class Shared:
             if self._engine is None:
                 from zerank_integrations.loading import load
 
-                self._engine = Engine(load(self._source))
+                self._engine = Engine(load(self._source), self._source.attn_implementation)
             return self._engine
 
     @property

@@ -67,6 +67,7 @@ LOADING = (
     "token_budget",
     "control_tokens",
     "instruction",
+    "deterministic",
 )
 
 
@@ -96,7 +97,8 @@ class ZerankRanker:
         tokenizer_kwargs: "model_max_length", which sets `max_length`; "padding_side", on which no score depends.
         config_kwargs: nothing can be set by it.
         backend: "torch".
-        batch_size: a step holds `512 * batch_size` tokens: that many short pairs, or fewer long ones. No score depends on it.
+        batch_size: a step holds `512 * batch_size` tokens: that many short pairs, or fewer long ones; by default what suits the
+            device. No score depends on it.
         revision: a Hub commit, branch or tag; the published checkpoints have a pinned default.
         base: the model a LoRA adapter lies over, when it is not where the adapter says.
         dtype: "auto" (bfloat16 where the device computes in it natively, else float32), "float32", "bfloat16" or "float16".
@@ -108,6 +110,7 @@ class ZerankRanker:
         token_budget: tokens in one step, instead of `batch_size`.
         control_tokens: "text" reads `<|im_end|>` and the like in queries and documents as characters; "parse" matches them.
         instruction: put into every query's text, as zerank-2 was trained to follow.
+        deterministic: the same score to the last bit whatever is scored beside it; slower.
         reranker: a ready Reranker instead of the loading options. `to_dict` writes its options. Its owner closes it.
 
     Raises:
@@ -155,6 +158,7 @@ class ZerankRanker:
         token_budget: int | None = None,
         control_tokens: ControlTokens = "text",
         instruction: str | None = None,
+        deterministic: bool = False,
         reranker: Reranker | None = None,
     ) -> None:
         _check_top_k(top_k)
@@ -208,6 +212,7 @@ class ZerankRanker:
         self.token_budget = token_budget
         self.control_tokens: ControlTokens = control_tokens
         self.instruction = instruction
+        self.deterministic = deterministic
 
         self._options = self._reranker_options()
         # Only to check the options now; the one that scores is made when the token may be read.
@@ -339,7 +344,7 @@ class ZerankRanker:
         options = {name: getattr(self, name) for name in LOADING}
         if isinstance(self.device, ComponentDevice):
             options["device"] = self.device.to_torch_str()
-        if self.token_budget is None:
+        if self.token_budget is None and self.batch_size != _defaults()["batch_size"]:
             options["token_budget"] = TOKENS_OF_A_PAIR * self.batch_size
         for argument, honoured in HONOURED.items():
             for key, value in (getattr(self, argument) or {}).items():
