@@ -289,9 +289,9 @@ def loaded_from(model: Any, folder: Path) -> Iterator[None]:  # noqa: ANN401 - t
 
     load = loading.load
 
-    def in_memory(source: Any) -> Any:  # noqa: ANN401 - as `load` has it
+    def in_memory(source: Any, place: Path) -> Any:  # noqa: ANN401 - as `load` has it
         # The folder's own small weights are loaded for all that lies around them, then the decoder is exchanged.
-        loaded = load(source)
+        loaded = load(source, place)
         yes = model.get_output_embeddings().weight[loaded.encoder.yes].detach().float()
         # Copied, because an engine may rebuild what it is given, and others compute with the model too.
         decoder = copy.deepcopy(model.get_decoder()).requires_grad_(requires_grad=False)

@@ -68,16 +68,15 @@ class Loaded:
         return next(self.decoder.parameters()).dtype
 
 
-def load(source: Source) -> Loaded:
-    """Load a checkpoint of any zerank layout.
+def load(source: Source, folder: Path) -> Loaded:
+    """Load a checkpoint of any zerank layout from the folder where `locate` found it.
 
     Raises:
-        ModelUnreachable: it is neither here nor to be had.
+        ModelUnreachable: a LoRA adapter's base is neither here nor to be had.
         CheckpointRefused: it would score wrongly.
         MissingPackage: a LoRA adapter, and peft is not installed.
         ForkedDevice: the GPU was in use before this process was forked.
     """
-    folder = locate(source.model, source)
     recognised = recognise(folder)
     device = choose_device(source.device)
     dtype = choose_dtype(source.dtype, device)

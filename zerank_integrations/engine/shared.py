@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import threading
 import warnings
@@ -34,9 +33,8 @@ class Engine:
 
         self.loaded = loaded
         self._encoders: dict[str, PromptEncoder] = {loaded.encoder.control_tokens: loaded.encoder}
-        with gate.step():
-            self.forward = Forward(loaded, attn_implementation)
-            self.token_budget = default_budget(self.forward, loaded.device)
+        self.forward = Forward(loaded, attn_implementation)
+        self.token_budget = default_budget(self.forward, loaded.device)
         if self.forward.reason is not None:
             warnings.warn(
                 f"prompts of {loaded.recognised.folder} are padded rather than packed, since {self.forward.reason}: the scores "
@@ -58,9 +56,9 @@ class Engine:
         """Queue a request; its future answers. Raises Busy when too many wait."""
         self._worker.submit(request)
 
-    def close(self, patience: float | None) -> None:
+    def close(self) -> None:
         """End the worker after its queued requests."""
-        self._worker.close(patience)
+        self._worker.close()
 
     def renew_worker(self) -> None:
         """Replace the worker: a thread does not live on in a forked process."""
@@ -92,9 +90,13 @@ class Shared:
         """The engine, loaded by whoever asks first; the others wait for it."""
         with self._loading:
             if self._engine is None:
-                from zerank_integrations.loading import load
-
-                self._engine = Engine(load(self._source), self._source.attn_implementation)
+                # A child forked in the middle of an import or of a load would inherit both half done.
+                with gate.step():
+                    from zerank_integrations import loading
+                # May download for minutes, for which no fork has to wait.
+                folder = loading.locate(self._source.model, self._source)
+                with gate.step(), _one_load:
+                    self._engine = Engine(loading.load(self._source, folder), self._source.attn_implementation)
             return self._engine
 
     @property
@@ -119,16 +121,11 @@ class Shared:
             self._calls -= calls
             if self._handles + self._calls > 0:
                 return
-            _shared.pop(self._source, None)
-        self.close()
-
-    def close(self, *, wait: bool = False) -> None:
-        """Free the engine. With `wait`, only return when its threads have ended."""
+            if _shared.get(self._source) is self:
+                del _shared[self._source]
         engine, self._engine = self._engine, None
         if engine is not None:
-            from zerank_integrations.engine.worker import PATIENCE
-
-            engine.close(None if wait else PATIENCE)
+            engine.close()
         if self._threads is not None:
             self._threads.shutdown(wait=False)
 
@@ -144,6 +141,10 @@ class Shared:
                 # A GPU context does not survive a fork: loading again raises the error that explains it.
                 self._engine = None
 
+
+# transformers patches the whole process while it loads (default float type, tied weights): two loads at once spoil each other.
+# Held only inside the gate, so that no fork inherits it locked.
+_one_load = threading.Lock()
 
 # Re-entrant: the collector may release a forgotten handle on the very thread that holds the lock.
 _lock = threading.RLock()
@@ -192,12 +193,5 @@ def _after_fork_in_child() -> None:
         shared.after_fork()
 
 
-def _at_exit() -> None:
-    # A daemon thread inside a matrix product while the interpreter is torn down can crash it.
-    for shared in list(_shared.values()):
-        shared.close(wait=True)
-
-
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
-atexit.register(_at_exit)

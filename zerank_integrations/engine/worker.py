@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -18,8 +21,9 @@ if TYPE_CHECKING:
     from zerank_integrations.engine.forward import Batch, Forward
     from zerank_integrations.prompt import Prompt
 
-# A step on a CPU can take seconds. An idle thread ends within microseconds; a busy one is left to finish its step alone.
-PATIENCE = 0.2
+# Seconds. An idle thread ends within microseconds. One in a step, which can take seconds on a CPU, is not waited for: closing may
+# happen on an event loop.
+PATIENCE = 0.02
 
 # Calls that may wait at once. Beyond, a caller learns at once that it comes too late, rather than after minutes.
 WAITING = 1_024
@@ -153,15 +157,27 @@ class Worker:
                 # A daemon, so that a step under way never keeps the interpreter from its exit handlers, which close us.
                 self._thread = threading.Thread(target=self._run, name="zerank-worker", daemon=True)
                 self._thread.start()
+                _started.add(self)
 
-    def close(self, patience: float | None = PATIENCE) -> None:
-        """End the thread after the queued requests, waiting up to `patience` seconds for it (None: as long as it takes)."""
+    def close(self) -> None:
+        """End the thread after the queued requests. An idle one has ended on return; one in a step is left to finish it."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(patience)
+        self.join(PATIENCE)
+
+    def abandon(self) -> None:
+        """End the thread after its step; what waits is cancelled."""
+        with self._changed:
+            self._closing = True
+            for job in self._jobs:
+                job.request.future.cancel()
+            self._changed.notify()
+
+    def join(self, patience: float | None = None) -> None:
+        """Wait for the thread to end, for so many seconds or as long as it takes."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(patience)
 
     def _run(self) -> None:
         while self._wait():
@@ -286,3 +302,25 @@ class Worker:
         """Forget requests that are answered, failed or cancelled. The lock is held."""
         if any(job.request.future.done() for job in self._jobs):
             self._jobs = deque(job for job in self._jobs if not job.request.future.done())
+
+
+_started: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+def _at_exit() -> None:
+    """A thread inside a matrix product while the interpreter is torn down aborts the process, whoever closed it before."""
+    workers = list(_started)
+    for worker in workers:
+        worker.abandon()
+    for worker in workers:
+        worker.join()
+
+
+def _forget_in_child() -> None:
+    # Their threads are the parent's.
+    _started.clear()
+
+
+atexit.register(_at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

@@ -36,7 +36,7 @@ DOCUMENTS = tuple(array("i", random.Random(-size).choices(range(1_500), k=size))
 
 
 def loaded_from(folder: Path, dtype: str = "float32") -> Loaded:
-    return load(Source(model=str(folder), device="cpu", dtype=dtype))
+    return load(Source(model=str(folder), device="cpu", dtype=dtype), folder)
 
 
 def made(prefix: int, document: int) -> Prompt:

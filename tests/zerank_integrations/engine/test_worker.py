@@ -63,7 +63,7 @@ class Watched(nn.Module):
 
 @pytest.fixture(scope="module")
 def loaded(tiny_causal_lm: Path) -> Loaded:
-    return load(Source(model=str(tiny_causal_lm), device="cpu", dtype="float32"))
+    return load(Source(model=str(tiny_causal_lm), device="cpu", dtype="float32"), tiny_causal_lm)
 
 
 @pytest.fixture
@@ -84,7 +84,8 @@ def worker(forward: Forward, decoder: Watched) -> Iterator[Worker]:
     made = Worker(forward, waiting=4)
     yield made
     decoder.go.set()
-    made.close(None)
+    made.close()
+    made.join()
 
 
 def submit(worker: Worker, prompts: list[Prompt], **options: object) -> Request:
@@ -174,7 +175,7 @@ def test_an_idle_worker_adds_less_than_a_millisecond(forward: Forward) -> None:
 def test_a_full_queue_refuses_and_a_cancelled_call_makes_room(worker: Worker, decoder: Watched) -> None:
     running = held_by(worker, decoder)
     waiting = [submit(worker, [prompt(4 + i)]) for i in range(3)]
-    with pytest.raises(Busy, match="4 calls wait for the model already; expected fewer than 4. Call again later") as caught:
+    with pytest.raises(Busy, match=r"4 calls wait for the model already; expected fewer than 4. Call again later") as caught:
         submit(worker, [prompt(9)])
     assert isinstance(caught.value, ZerankError | RuntimeError)
     assert waiting[1].future.cancel()
