@@ -188,7 +188,9 @@ class Worker:
         elif len(step.jobs) == 1:
             step.jobs[0].fail(outcome)
         else:
-            # Whose fault it was is found out by serving them apart; the others get their answers.
+            # Whose fault it was is found out by serving them apart; the others get their answers. The error's traceback holds
+            # the tensors of the step: it goes first.
+            del outcome
             for part in step.split():
                 self._serve(part)
 
@@ -240,7 +242,7 @@ class Worker:
         if len(step.items) == 1:
             job, _ = step.items[0]
             msg = (
-                f"a document of {step.tokens} tokens (with query and template) does not fit into the memory that is left, even "
+                f"a document of {len(step.prompts[0])} tokens (with query and template) does not fit into the memory that is left, even "
                 "alone; expected a shorter one. Lower max_length, use max_passage_tokens=, or a device with more memory"
             )
             job.fail(DocumentTooLarge(msg))
