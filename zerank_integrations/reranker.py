@@ -327,11 +327,12 @@ class Reranker:
 
     def _start(self, call: _Call, bar: tqdm | None = None) -> _Started:
         """Load if need be, encode, and queue for the worker. The model is held until the future is done."""
-        from zerank_integrations.engine.worker import Request
-
         held = shared.running_call(self._handle.source)
         try:
             engine = self.engine()
+            # Brings torch, as loading just did. Before it, a fork could fall into the middle of the import.
+            from zerank_integrations.engine.worker import Request
+
             encoder = engine.encoder(self.control_tokens)
             max_length = engine.loaded.context if self.max_length is None else self.max_length
             pieces = [

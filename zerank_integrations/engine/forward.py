@@ -87,7 +87,8 @@ class Forward:
     @torch.inference_mode()
     def launch(self, batch: Batch) -> torch.Tensor:
         """Logits on the device, float32, in the order of the prompts; on a GPU they may still be under way."""
-        logits = torch.empty(batch.size, device=self._device)
+        # The type is said, since a load in another thread may have changed the process's default for a moment.
+        logits = torch.empty(batch.size, device=self._device, dtype=torch.float32)
         for indices, part in batch.parts:
             # In float32: a bfloat16 product rounds so hard that some documents tie.
             logits[indices] = self._hidden(part).float() @ self._yes

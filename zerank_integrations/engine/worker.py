@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from zerank_integrations.engine.forward import Batch, Forward
     from zerank_integrations.prompt import Prompt
 
-# Seconds. An idle thread ends within microseconds. One in a step, which can take seconds on a CPU, is not waited for: closing may
-# happen on an event loop.
+# Seconds. An idle thread ends within microseconds. One in a step, which can take seconds on a CPU, is not waited for: closing
+# may happen on an event loop.
 PATIENCE = 0.02
 
 # Calls that may wait at once. Beyond, a caller learns at once that it comes too late, rather than after minutes.
@@ -204,7 +204,9 @@ class Worker:
         elif len(step.jobs) == 1:
             step.jobs[0].fail(outcome)
         else:
-            # Whose fault it was is found out by serving them apart; the others get their answers.
+            # Whose fault it was is found out by serving them apart; the others get their answers. The error's traceback holds
+            # the tensors of the step: it goes first.
+            del outcome
             for part in step.split():
                 self._serve(part)
 
@@ -256,8 +258,8 @@ class Worker:
         if len(step.items) == 1:
             job, _ = step.items[0]
             msg = (
-                f"a document of {step.tokens} tokens (with query and template) does not fit into the memory that is left, even "
-                "alone; expected a shorter one. Lower max_length, use max_passage_tokens=, or a device with more memory"
+                f"a document of {len(step.prompts[0])} tokens (with query and template) does not fit into the memory that is "
+                "left, even alone; expected a shorter one. Lower max_length, use max_passage_tokens=, or a device with more memory"
             )
             job.fail(DocumentTooLarge(msg))
             return

@@ -233,7 +233,7 @@ def test_the_probe_finds_a_decoder_without_the_parts_it_needs(tiny_causal_lm: Pa
 
 
 def test_bfloat16_ranks_alike_packed_and_padded(tiny_causal_lm: Path, expected: Callable, spread: float) -> None:
-    """Against float32: rms at most .02 of the logits' standard deviation (measured .0099; padded .0098); rank correlation .999."""
+    """Against float32: rms at most .02 of the logits' spread (measured .0099; padded .0098), rank correlation .999."""
     forward = Forward(loaded_from(tiny_causal_lm, "bfloat16"))
     assert forward.reason is None
     prompts = [made(p, d) for p in range(3) for d in range(len(DOCUMENTS) - 1)]

@@ -175,7 +175,7 @@ def test_an_idle_worker_adds_less_than_a_millisecond(forward: Forward) -> None:
 def test_a_full_queue_refuses_and_a_cancelled_call_makes_room(worker: Worker, decoder: Watched) -> None:
     running = held_by(worker, decoder)
     waiting = [submit(worker, [prompt(4 + i)]) for i in range(3)]
-    with pytest.raises(Busy, match=r"4 calls wait for the model already; expected fewer than 4. Call again later") as caught:
+    with pytest.raises(Busy, match=r"4 calls wait for the model already; expected fewer than 4\. Call again later") as caught:
         submit(worker, [prompt(9)])
     assert isinstance(caught.value, ZerankError | RuntimeError)
     assert waiting[1].future.cancel()
@@ -281,6 +281,23 @@ def test_a_budget_grows_again_when_memory_is_there_again(worker: Worker, decoder
     assert max(decoder.steps) > 500
 
 
+def test_steps_made_ready_ahead_answer_alike(worker: Worker, decoder: Watched, forward: Forward) -> None:
+    """As on a GPU: the next step is planned and laid out before the logits of this one are fetched."""
+    forward.asynchronous = True
+    decoder.room = 150
+    held_by(worker, decoder)
+    unknown = submit(worker, [Prompt(PREFIX, array("i", [10**6]), SUFFIX, truncated=False)])
+    first, cancelled = (submit(worker, [prompt(1 + (i * n) % 90) for i in range(20)]) for n in (1, 3))
+    cancelled.future.cancel()
+    requests = [first, submit(worker, [prompt(1 + (i * 7) % 90) for i in range(20)])]
+    decoder.go.set()
+    for request in requests:
+        expected = [forward([one])[0] for one in request.prompts]
+        assert request.future.result(20) == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(IndexError):
+        unknown.future.result(20)
+
+
 def test_one_document_over_the_budget_runs_alone(worker: Worker, decoder: Watched) -> None:
     submit(worker, [prompt(400), prompt(300), prompt(5)], token_budget=100).future.result(20)
     assert decoder.steps == [434, 334, 39]
@@ -292,7 +309,7 @@ def test_what_does_not_fit_even_alone_is_named(worker: Worker, decoder: Watched)
     large = submit(worker, [prompt(5), prompt(166)])
     other = submit(worker, [prompt(50)])
     decoder.go.set()
-    with pytest.raises(DocumentTooLarge, match="a document of 200 tokens.*even alone.*max_passage_tokens") as caught:
+    with pytest.raises(DocumentTooLarge, match=r"a document of 200 tokens.*even alone.*max_passage_tokens") as caught:
         large.future.result(20)
     assert isinstance(caught.value, MemoryError)
     assert len(other.future.result(20)) == 1
