@@ -25,12 +25,13 @@ from safetensors.torch import save_file
 from scipy.optimize import minimize
 from tokenizer import render, save_tokenizer, train_tokenizer
 from tokenizers import Tokenizer
-from train import RELEVANCE_SCALE, Figures, Prompts, evaluate, score, train
+from train import RELEVANCE_SCALE, Figures, Prompts, evaluate, evaluate_at, score, train
 from transformers import Qwen3ForCausalLM
 
 DESTINATION = Path(__file__).parents[2] / "zerank_integrations" / "embedded" / "zelo-mini"
 VOCABULARY = 12_288
 SEED = 0
+DEPTHS = (30, 50)  # how many of BM25's documents are reranked when reporting
 
 GOLDEN_PAIRS = (
     ("What is 2+2?", "4"),
@@ -187,19 +188,19 @@ def report(checkpoint: Path, folder: Path | None, split: str, queries: int | Non
     model, tokenizer = load(checkpoint)
     prompts = Prompts(tokenizer, longest_document=MAX_LENGTH - 1024)
     names = [name for name in (*TRAINED_ON, *NEVER_SEEN) if folder is not None and (folder / name).is_dir()]
-    for top in (30, 50):
+    figures = {}
+    for name in [*names, DOCSTRINGS]:
+        if name == DOCSTRINGS:
+            half = "test" if split == "test" else "train"
+            figures[name] = evaluate_at(model, prompts, read_docstrings(half), half, DEPTHS, queries)
+        else:
+            assert folder is not None
+            figures[name] = evaluate_at(model, prompts, read(folder / name, (split,)), split, DEPTHS, queries)
+    for top in DEPTHS:
         tell(None, f"\nNDCG@10, BM25's top {top}, {split} split")
-        rows = []
-        for name in [*names, DOCSTRINGS]:
-            if name == DOCSTRINGS:
-                half = "test" if split == "test" else "train"
-                figures = evaluate(model, prompts, read_docstrings(half), half, top, queries)
-            else:
-                figures = evaluate(model, prompts, read(folder / name, (split,)), split, top, queries)  # type: ignore[operator]
-            rows.append((figures.bm25, figures.reranked, figures.fused))
-            note = " (never seen)" if name in NEVER_SEEN else ""
-            tell(None, f"{name + note:36} {figures}")
-        mean = np.mean(rows, axis=0)
+        for name, at in figures.items():
+            tell(None, f"{name + (' (never seen)' if name in NEVER_SEEN else ''):36} {at[top]}")
+        mean = np.mean([(at[top].bm25, at[top].reranked, at[top].fused) for at in figures.values()], axis=0)
         tell(None, f"{'mean':36} {'':13}   BM25 {mean[0]:.3f}   reranked {mean[1]:.3f}   fused {mean[2]:.3f}")
 
 

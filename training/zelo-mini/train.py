@@ -106,26 +106,40 @@ def evaluate(
     model: Qwen3ForCausalLM, prompts: Prompts, collection: Collection, split: str, top: int, queries: int | None = None
 ) -> Figures:
     """Rerank BM25's ``top`` documents of the split's queries (a fixed sample of at most ``queries``)."""
+    return evaluate_at(model, prompts, collection, split, (top,), queries)[top]
+
+
+def evaluate_at(
+    model: Qwen3ForCausalLM,
+    prompts: Prompts,
+    collection: Collection,
+    split: str,
+    tops: Sequence[int],
+    queries: int | None = None,
+) -> dict[int, Figures]:
+    """The same for several depths, each document scored once."""
     model.eval()
     chosen = collection.splits[split]
-    run = collection.bm25(split, top)
+    run = collection.bm25(split, max(tops))
     names = sorted(run)
     if queries is not None and len(names) > queries:
         names = sorted(random.Random(0).sample(names, queries))
     pairs = [(name, int(d)) for name in names for d in run[name]]
-    values = score(model, [prompts.ids(chosen.queries[name], collection.documents[d]) for name, d in pairs], prompts.yes)
-    by_query: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
-    for (name, document), value in zip(pairs, values, strict=True):
-        by_query[name].append((float(value), document))
-    rows = []
-    for name in names:
-        candidates = [d for _, d in by_query[name]]
-        reranked = [d for _, d in sorted(by_query[name], key=lambda pair: -pair[0])]
-        grades = chosen.qrels[name]
-        rows.append([ndcg(order, grades) for order in (candidates, reranked, fuse(candidates, reranked))])
-    means = np.mean(rows, axis=0)
-    relevant = np.array([chosen.qrels[name].get(d, 0) > 0 for name, d in pairs])
-    return Figures(len(names), *map(float, means), logits=values, relevant=relevant)
+    ids = [prompts.ids(chosen.queries[name], collection.documents[d]) for name, d in pairs]
+    logit = dict(zip(pairs, score(model, ids, prompts.yes).tolist(), strict=True))
+    figures = {}
+    for top in tops:
+        rows, seen = [], []
+        for name in names:
+            candidates = [int(d) for d in run[name][:top]]
+            seen += [(name, d) for d in candidates]
+            reranked = sorted(candidates, key=lambda d: -logit[name, d])
+            grades = chosen.qrels[name]
+            rows.append([ndcg(order, grades) for order in (candidates, reranked, fuse(candidates, reranked))])
+        means = map(float, np.mean(rows, axis=0))
+        relevant = np.array([chosen.qrels[name].get(d, 0) > 0 for name, d in seen])
+        figures[top] = Figures(len(names), *means, logits=np.array([logit[pair] for pair in seen]), relevant=relevant)
+    return figures
 
 
 @dataclass(frozen=True)
