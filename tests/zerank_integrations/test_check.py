@@ -82,6 +82,7 @@ def test_a_sound_checkpoint_of_any_layout_passes(tiny_folder: Folder, builder: s
     assert all(one.figure and not one.remedy for one in checks.values())
 
 
+@pytest.mark.filterwarnings("ignore::zerank_integrations.ZerankWarning")
 def test_a_tokenizer_whose_pieces_differ_is_sound_but_slower(folder: Path) -> None:
     definition = json.loads((folder / "tokenizer.json").read_text())
     for token in definition["added_tokens"]:
