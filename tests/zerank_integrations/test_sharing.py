@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import json
 import os
@@ -246,6 +247,8 @@ def _in_child(work: Callable[[], str]) -> str:
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
+        # Where it hangs, if it does: pytest shows it as captured standard error.
+        faulthandler.dump_traceback_later(50, file=2)
         try:
             os.write(write, work().encode())
         except BaseException:
