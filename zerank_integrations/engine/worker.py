@@ -259,7 +259,8 @@ class Worker:
             job, _ = step.items[0]
             msg = (
                 f"a document of {len(step.prompts[0])} tokens (with query and template) does not fit into the memory that is "
-                "left, even alone; expected a shorter one. Lower max_length, use max_passage_tokens=, or a device with more memory"
+                "left, even alone; expected a shorter one. Lower max_length, use max_passage_tokens=, or take a device with "
+                "more memory"
             )
             job.fail(DocumentTooLarge(msg))
             return
