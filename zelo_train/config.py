@@ -25,6 +25,7 @@ from zelo_train.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
+
 # YAML reads 0.15 as a float; through its shortest decimal form no cent is lost.
 def _exact(value: object) -> object:
     return Decimal(str(value)) if isinstance(value, float | int) and not isinstance(value, bool) else value
@@ -362,7 +363,9 @@ _TAGS = frozenset({"str", "int", "float", "bool", "none", "decimal", "function-b
 
 def _sentence(message: str) -> str:
     """Pydantic's "Input should be greater than 0" as the end of our sentence."""
-    return re.sub(r"^(Input|Value|Decimal input|\w+) should (be|have)", r"expected", message).replace("expected ", "expected ", 1)
+    return re.sub(r"^(Input|Value|Decimal input|\w+) should (be|have)", r"expected", message).replace(
+        "expected ", "expected ", 1
+    )
 
 
 def _line(node: yaml.Node | None, path: Sequence[str | int]) -> int:

@@ -306,10 +306,9 @@ class Store:
         texts: Texts,
         *,
         run: str = "",
-        reserved: int = 0,
         raw: bytes | None = None,
     ) -> None:
-        """Keep a judgment, in one commit with the money it cost.
+        """Keep a judgment, in one commit.
 
         An answer is never overwritten. A failure gives way to whatever a later try brings, and its tokens, tries and cost are
         added to that.
@@ -319,7 +318,6 @@ class Store:
             judgment: what came back.
             texts: the collection's texts.
             run: the run that asked.
-            reserved: what was reserved for it (millionths); it is set free and the judgment's cost put in its place.
             raw: the whole reply, kept if the store was opened with a file for it.
 
         Raises:
@@ -366,8 +364,6 @@ class Store:
                     time.time(),
                 ),
             )
-            if reserved or judgment.cost:
-                self._move(execute, run, judge.name, -reserved, judgment.cost)
 
     def find(self, judge: JudgeIdentity, questions: Iterable[Question], texts: Texts) -> dict[Question, Judgment]:
         """What is known of these questions to this judge, failures included; questions never asked are absent."""
@@ -426,9 +422,7 @@ class Store:
         stored = json.loads(rows[0][0])
         if stored["inputs"] != inputs:
             return None
-        return tuple(
-            Question(Kind(kind), tuple(queries), tuple(documents)) for kind, queries, documents in stored["questions"]
-        )
+        return tuple(Question(Kind(kind), tuple(queries), tuple(documents)) for kind, queries, documents in stored["questions"])
 
     def put_plans(self, round: int, plans: Mapping[str, Sequence[Question]], inputs: Mapping[str, str]) -> None:
         """Keep the plans of a round, by query, in one commit, before its first question is asked."""
@@ -444,20 +438,21 @@ class Store:
         """Money by run and judge, in the order of runs."""
         return [Spend(*row) for row in self._select("SELECT run, judge, reserved, settled FROM spend ORDER BY rowid")]
 
+    def outlay(self) -> int:
+        """All that was ever reserved or settled, in millionths. What a dead run had reserved stays counted."""
+        return int(self._select("SELECT coalesce(sum(reserved) + sum(settled), 0) FROM spend")[0][0])
+
     def move(self, run: str, judge: str, reserved: int, settled: int) -> None:
         """Add to what a run has reserved and settled with a judge (millionths; negative sets free), in one commit."""
         with self._transaction() as execute:
-            self._move(execute, run, judge, reserved, settled)
-
-    @staticmethod
-    def _move(execute: Callable[..., object], run: str, judge: str, reserved: int, settled: int) -> None:
-        execute(
-            """
-            INSERT INTO spend VALUES (?, ?, ?, ?)
-            ON CONFLICT (run, judge) DO UPDATE SET reserved = reserved + excluded.reserved, settled = settled + excluded.settled
-            """,
-            (run, judge, reserved, settled),
-        )
+            execute(
+                """
+                INSERT INTO spend VALUES (?, ?, ?, ?)
+                ON CONFLICT (run, judge)
+                DO UPDATE SET reserved = reserved + excluded.reserved, settled = settled + excluded.settled
+                """,
+                (run, judge, reserved, settled),
+            )
 
     # Batches
 
