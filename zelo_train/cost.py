@@ -1,9 +1,10 @@
 """Tokens and money: estimate before, count during, stop at the cap.
 
-Amounts are integers in millionths of the currency, so that sums over a hundred million calls are exact. Before a question is sent,
-the most it can cost is reserved on disk; afterwards what it did cost takes that place. A process that dies leaves its
-reservations behind, and they stay counted, for nobody can say whether the provider counted them: a program that dies and starts
-over for ever cannot pass the cap.
+Amounts are integers in millionths of the currency, so that sums over a hundred million calls are exact. Before a question is
+sent, the most it can cost is reserved on disk; afterwards what it did cost takes that place. A process that dies leaves its
+reservations behind, and they stay counted, for nobody can say whether the provider counted them: a program that dies and
+starts over for ever cannot pass the cap.
+
 """
 
 from __future__ import annotations
