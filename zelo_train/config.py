@@ -165,7 +165,8 @@ class Judge(Section):
     concurrency: int = Field(32, ge=1, description="questions under way at once, at most; adapts below that")
     max_tokens: int = Field(16, ge=1, description="a vote's answer may have; reasoning models need thousands")
     price: Price = Field(Price(), description="per million tokens; no price: the cap counts nothing")
-    accuracy: Literal[70, 80, 90, 97] = Field(90, description="simulated only: per cent of pairs it gets right")
+    per_minute: int | None = Field(None, ge=1, description="requests a minute, at most; empty: no such limit")
+    accuracy: float = Field(90, gt=50, lt=100, description="simulated only: per cent of pairs it gets right")
     seed: int = Field(0, description="simulated only")
     path: str | None = Field(None, description="replay only: the recorded answers")
 
@@ -185,9 +186,8 @@ class Pairs(Section):
         "neighbours", description="cycle then neighbours; random cycles as in the paper; top-weighted information gain"
     )
     rounds: int = Field(3, ge=1, description="a round asks as many pairs as there are candidates")
+    degree: int = Field(8, ge=2, multiple_of=2, description="pairs per document, for cycles, which have one round")
     documents: int = Field(2, ge=2, le=20, description="documents shown in one question: 2 for pairs, more for lists")
-    swapped: Share = Field(0.05, description="of the first round asked in both orders, to audit each judge")
-    repeated: Share = Field(0.01, description="of the first round asked twice, to audit each judge")
     seed: int = Field(0, description="equal seeds ask equal pairs")
 
 
@@ -199,7 +199,9 @@ class Judging(Section):
     cap: Money | None = Field(None, description="spend no more than this in this workspace; empty: ask before anything")
     currency: str = Field("USD", description="of cap and prices")
     pairs: Pairs = Field(Pairs(), description="which pairs are asked")
-    grade_ranks: tuple[int, ...] = Field((1, 4, 10, 20), description="ranks whose documents are also graded 0 to 10")
+    splits: tuple[Literal["train", "dev", "test"], ...] = Field(
+        ("train", "dev"), description="whose queries are judged; queries without a split always are"
+    )
     document_tokens: int = Field(512, ge=16, description="of each document a judge reads; the rest is cut, and reported")
     keep_replies: bool = Field(False, description="keep whole replies in raw.db")
 
@@ -212,13 +214,6 @@ class Judging(Section):
             raise ValueError(f"two judges are called {twice[0]!r}; expected different names")
         return judges
 
-    @field_validator("grade_ranks")
-    @classmethod
-    def _ranks(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
-        if list(ranks) != sorted(set(ranks)) or (ranks and ranks[0] < 1):
-            raise ValueError(f"{list(ranks)}; expected ranks from 1 in rising order, like [1, 4, 10, 20]")
-        return ranks
-
 
 # rate, train, evaluate, export
 
@@ -226,11 +221,13 @@ class Judging(Section):
 class Rate(Section):
     """How much better: ratings, calibration, targets."""
 
-    link: Literal["logistic", "thurstone"] = Field("logistic", description="Bradley-Terry, or the paper's final run")
+    link: Literal["logistic", "erf"] = Field("logistic", description="Bradley-Terry; erf is Thurstone, the paper's final run")
     prior: float = Field(0.3, gt=0, description="precision of the prior on ratings, in logit units")
     judge_terms: bool = Field(True, description="each judge's discrimination, position and flip rate, by cross-fitting")
     calibration: Literal["grades", "cross", "none"] = Field("grades", description="what makes queries comparable")
-    weights: Literal["equal", "inverse_variance"] = Field("equal", description="of examples; the other was measured: no gain")
+    weights: Literal["equal", "precision"] = Field(
+        "equal", description="of examples; precision, 1 / SE², was measured: no gain"
+    )
     seed: int = Field(0, description="which pairs form which fold")
 
 
