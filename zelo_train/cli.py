@@ -317,7 +317,9 @@ def status(
     limit = f" of {money(cap, config.judge.currency)}" if cap is not None else f" {config.judge.currency}, no cap"
     print(f"spent    {money(settled)}{limit}")
     if reserved and holder is None:
-        print(f"         {money(reserved, config.judge.currency)} more were under way when a run died, and may have been charged")
+        print(
+            f"         {money(reserved, config.judge.currency)} more were under way when a run died, and may have been charged"
+        )
     if holder is not None:
         print(f"writing  {holder}")
 

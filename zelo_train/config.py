@@ -46,24 +46,26 @@ class Section(BaseModel):
 class Bm25(Section):
     """Lexical first stage."""
 
-    k1: float = Field(1.2, ge=0, description="how soon a repeated word stops counting")
-    b: Share = Field(0.75, description="how much longer documents are held back")
+    k1: float = Field(default=1.2, ge=0, description="how soon a repeated word stops counting")
+    b: Share = Field(default=0.75, description="how much longer documents are held back")
 
 
 class Dense(Section):
     """Embedding first stage (pip install "zerank-integrations[train]")."""
 
-    model: str = Field("Qwen/Qwen3-Embedding-0.6B", description="any sentence-transformers model: Hub id or folder")
-    batch: int = Field(32, ge=1, description="texts per step")
-    device: str | None = Field(None, description="cpu, cuda, cuda:1, mps; empty: the best there is")
-    query_prompt: str | None = Field(None, description="name of the model's prompt for queries; empty: the model's default")
+    model: str = Field(default="Qwen/Qwen3-Embedding-0.6B", description="any sentence-transformers model: Hub id or folder")
+    batch: int = Field(default=32, ge=1, description="texts per step")
+    device: str | None = Field(default=None, description="cpu, cuda, cuda:1, mps; empty: the best there is")
+    query_prompt: str | None = Field(
+        default=None, description="name of the model's prompt for queries; empty: the model's default"
+    )
 
 
 class Passages(Section):
     """How a folder of files is cut into documents."""
 
-    words: int = Field(200, ge=20, description="at most so many words in a document; cut at paragraphs, then sentences")
-    overlap: int = Field(0, ge=0, description="words of the end of one document repeated at the start of the next")
+    words: int = Field(default=200, ge=20, description="at most so many words in a document; cut at paragraphs, then sentences")
+    overlap: int = Field(default=0, ge=0, description="words of the end of one document repeated at the start of the next")
 
     @model_validator(mode="after")
     def _overlap_is_shorter(self) -> Passages:
@@ -75,48 +77,52 @@ class Passages(Section):
 class Checks(Section):
     """What is looked for before money is spent. Nothing is dropped; the report tells."""
 
-    long_words: int = Field(1000, ge=1, description="a document with more words is reported as over-long")
-    long_query_words: int = Field(64, ge=1, description="a query with more words is reported as over-long")
-    near_duplicate: Share = Field(0.8, description="share of common word triples from which documents are near-duplicates")
+    long_words: int = Field(default=1000, ge=1, description="a document with more words is reported as over-long")
+    long_query_words: int = Field(default=64, ge=1, description="a query with more words is reported as over-long")
+    near_duplicate: Share = Field(
+        default=0.8, description="share of common word triples from which documents are near-duplicates"
+    )
 
 
 class Synthetic(Section):
     """Queries written by a model from documents, marked synthetic."""
 
-    queries: int = Field(0, ge=0, description="how many to write; 0: none")
+    queries: int = Field(default=0, ge=0, description="how many to write; 0: none")
     styles: tuple[Literal["question", "keywords", "sentence"], ...] = Field(
-        ("question", "keywords", "sentence"), description="in turn: a question, search words, a claim or request"
+        default=("question", "keywords", "sentence"), description="in turn: a question, search words, a claim or request"
     )
-    writer: str = Field("", description="the name of the judge (below) whose model writes them")
-    round_trip: int = Field(10, ge=0, description="kept if BM25 finds the document among so many; 0: keep all")
-    seed: int = Field(0, description="which documents are drawn")
+    writer: str = Field(default="", description="the name of the judge (below) whose model writes them")
+    round_trip: int = Field(default=10, ge=0, description="kept if BM25 finds the document among so many; 0: keep all")
+    seed: int = Field(default=0, description="which documents are drawn")
 
 
 class Collect(Section):
     """What will be compared: documents, queries, candidates."""
 
     source: str | None = Field(
-        "embedded",
+        default="embedded",
         description="a BEIR folder, a folder of .txt/.md files, or embedded (the collection inside the package)",
     )
-    documents: str | None = Field(None, description="or a .jsonl[.gz] or .parquet file of documents (_id, title, text)")
-    queries: str | None = Field(None, description="a file of queries (_id, text), .jsonl[.gz], .parquet, .tsv or one a line")
-    qrels: str | None = Field(None, description="a .tsv file of grades, or a folder with train.tsv, dev.tsv, test.tsv")
-    domain: str = Field("", description="one word (health, legal); figures are given by domain")
-    language: str = Field("english", description="whose endings BM25 takes off; none: take off nothing")
+    documents: str | None = Field(default=None, description="or a .jsonl[.gz] or .parquet file of documents (_id, title, text)")
+    queries: str | None = Field(
+        default=None, description="a file of queries (_id, text), .jsonl[.gz], .parquet, .tsv or one a line"
+    )
+    qrels: str | None = Field(default=None, description="a .tsv file of grades, or a folder with train.tsv, dev.tsv, test.tsv")
+    domain: str = Field(default="", description="one word (health, legal); figures are given by domain")
+    language: str = Field(default="english", description="whose endings BM25 takes off; none: take off nothing")
     candidates: Literal["bm25", "dense", "hybrid", "file", "judged"] = Field(
-        "bm25",
+        default="bm25",
         description="which documents are judged: a first stage's best (hybrid fuses both), a run file, or those with grades",
     )
-    run: str | None = Field(None, description="the run file (TREC or query, document, score), for candidates: file")
-    top: int = Field(100, ge=1, description="candidates per query; candidates: judged takes all that have grades")
-    rrf_k: int = Field(60, ge=1, description="constant of reciprocal rank fusion, for hybrid")
-    test_share: Share = Field(0.2, description="of queries put aside for evaluation, where the source names no splits")
-    bm25: Bm25 = Field(Bm25(), description="lexical first stage")
-    dense: Dense = Field(Dense(), description="embedding first stage; needs sentence-transformers")
-    passages: Passages = Field(Passages(), description="how files become documents")
-    checks: Checks = Field(Checks(), description="looked for before money is spent; told, never dropped")
-    synthetic: Synthetic = Field(Synthetic(), description="queries written by a model")
+    run: str | None = Field(default=None, description="the run file (TREC or query, document, score), for candidates: file")
+    top: int = Field(default=100, ge=1, description="candidates per query; candidates: judged takes all that have grades")
+    rrf_k: int = Field(default=60, ge=1, description="constant of reciprocal rank fusion, for hybrid")
+    test_share: Share = Field(default=0.2, description="of queries put aside for evaluation, where the source names no splits")
+    bm25: Bm25 = Field(default=Bm25(), description="lexical first stage")
+    dense: Dense = Field(default=Dense(), description="embedding first stage; needs sentence-transformers")
+    passages: Passages = Field(default=Passages(), description="how files become documents")
+    checks: Checks = Field(default=Checks(), description="looked for before money is spent; told, never dropped")
+    synthetic: Synthetic = Field(default=Synthetic(), description="queries written by a model")
 
     @field_validator("domain")
     @classmethod
@@ -140,9 +146,9 @@ class Collect(Section):
 class Price(Section):
     """What a model costs: currency units per million tokens."""
 
-    input: Money = Field(Decimal(0), description="per million tokens read")
-    cached: Money | None = Field(None, description="per million tokens read from the provider's cache; empty: as input")
-    output: Money = Field(Decimal(0), description="per million tokens written, reasoning included")
+    input: Money = Field(default=Decimal(0), description="per million tokens read")
+    cached: Money | None = Field(default=None, description="per million tokens read from the provider's cache; empty: as input")
+    output: Money = Field(default=Decimal(0), description="per million tokens written, reasoning included")
 
 
 class Judge(Section):
@@ -150,25 +156,27 @@ class Judge(Section):
 
     name: str = Field(description="yours to choose; stored with every answer", min_length=1)
     kind: Literal["openai", "reranker", "simulated", "replay"] = Field(
-        "openai",
+        default="openai",
         description="an OpenAI-compatible endpoint, a local reranker, simulated from qrels, or recorded answers",
     )
-    model: str = Field("", description="what the endpoint calls it; for reranker a Hub id or folder")
-    base_url: str | None = Field(None, description="the endpoint; empty: OpenAI's own")
-    api_key_env: str | None = Field(None, description="the environment variable that holds the key; never the key itself")
+    model: str = Field(default="", description="what the endpoint calls it; for reranker a Hub id or folder")
+    base_url: str | None = Field(default=None, description="the endpoint; empty: OpenAI's own")
+    api_key_env: str | None = Field(
+        default=None, description="the environment variable that holds the key; never the key itself"
+    )
     answer: Literal["soft", "vote", "grade"] = Field(
-        "soft", description="soft reads log-probabilities of one token and is worth most; vote reads a text"
+        default="soft", description="soft reads log-probabilities of one token and is worth most; vote reads a text"
     )
     parameters: dict[str, str | int | float | bool | None] = Field(
-        {}, description="passed on with every request (temperature, seed, …); part of what makes an answer its own"
+        default={}, description="passed on with every request (temperature, seed, …); part of what makes an answer its own"
     )
-    concurrency: int = Field(32, ge=1, description="questions under way at once, at most; adapts below that")
-    max_tokens: int = Field(16, ge=1, description="a vote's answer may have; reasoning models need thousands")
-    price: Price = Field(Price(), description="per million tokens; no price: the cap counts nothing")
-    per_minute: int | None = Field(None, ge=1, description="requests a minute, at most; empty: no such limit")
-    accuracy: float = Field(90, gt=50, lt=100, description="simulated only: per cent of pairs it gets right")
-    seed: int = Field(0, description="simulated only")
-    path: str | None = Field(None, description="replay only: the recorded answers")
+    concurrency: int = Field(default=32, ge=1, description="questions under way at once, at most; adapts below that")
+    max_tokens: int = Field(default=16, ge=1, description="a vote's answer may have; reasoning models need thousands")
+    price: Price = Field(default=Price(), description="per million tokens; no price: the cap counts nothing")
+    per_minute: int | None = Field(default=None, ge=1, description="requests a minute, at most; empty: no such limit")
+    accuracy: float = Field(default=90, gt=50, lt=100, description="simulated only: per cent of pairs it gets right")
+    seed: int = Field(default=0, description="simulated only")
+    path: str | None = Field(default=None, description="replay only: the recorded answers")
 
     @field_validator("api_key_env")
     @classmethod
@@ -183,27 +191,29 @@ class Pairs(Section):
     """Which pairs are asked."""
 
     design: Literal["neighbours", "cycles", "information"] = Field(
-        "neighbours", description="cycle then neighbours; random cycles as in the paper; top-weighted information gain"
+        default="neighbours", description="cycle then neighbours; random cycles as in the paper; top-weighted information gain"
     )
-    rounds: int = Field(3, ge=1, description="a round asks as many pairs as there are candidates")
-    degree: int = Field(8, ge=2, multiple_of=2, description="pairs per document, for cycles, which have one round")
-    documents: int = Field(2, ge=2, le=20, description="documents shown in one question: 2 for pairs, more for lists")
-    seed: int = Field(0, description="equal seeds ask equal pairs")
+    rounds: int = Field(default=3, ge=1, description="a round asks as many pairs as there are candidates")
+    degree: int = Field(default=8, ge=2, multiple_of=2, description="pairs per document, for cycles, which have one round")
+    documents: int = Field(default=2, ge=2, le=20, description="documents shown in one question: 2 for pairs, more for lists")
+    seed: int = Field(default=0, description="equal seeds ask equal pairs")
 
 
 class Judging(Section):
     """Who wins: the ensemble and what it is asked."""
 
-    criterion: str = Field("", description="what relevant means in this domain, in a sentence; part of the prompt")
-    judges: tuple[Judge, ...] = Field((), description="the ensemble; each answers every question")
-    cap: Money | None = Field(None, description="spend no more than this in this workspace; empty: ask before anything")
-    currency: str = Field("USD", description="of cap and prices")
-    pairs: Pairs = Field(Pairs(), description="which pairs are asked")
+    criterion: str = Field(default="", description="what relevant means in this domain, in a sentence; part of the prompt")
+    judges: tuple[Judge, ...] = Field(default=(), description="the ensemble; each answers every question")
+    cap: Money | None = Field(default=None, description="spend no more than this in this workspace; empty: ask before anything")
+    currency: str = Field(default="USD", description="of cap and prices")
+    pairs: Pairs = Field(default=Pairs(), description="which pairs are asked")
     splits: tuple[Literal["train", "dev", "test"], ...] = Field(
-        ("train", "dev"), description="whose queries are judged; queries without a split always are"
+        default=("train", "dev"), description="whose queries are judged; queries without a split always are"
     )
-    document_tokens: int = Field(512, ge=16, description="of each document a judge reads; the rest is cut, and reported")
-    keep_replies: bool = Field(False, description="keep whole replies in raw.db")
+    document_tokens: int = Field(
+        default=512, ge=16, description="of each document a judge reads; the rest is cut, and reported"
+    )
+    keep_replies: bool = Field(default=False, description="keep whole replies in raw.db")
 
     @field_validator("judges")
     @classmethod
@@ -221,45 +231,47 @@ class Judging(Section):
 class Rate(Section):
     """How much better: ratings, calibration, targets."""
 
-    link: Literal["logistic", "erf"] = Field("logistic", description="Bradley-Terry; erf is Thurstone, the paper's final run")
-    prior: float = Field(0.3, gt=0, description="precision of the prior on ratings, in logit units")
-    judge_terms: bool = Field(True, description="each judge's discrimination, position and flip rate, by cross-fitting")
-    calibration: Literal["grades", "cross", "none"] = Field("grades", description="what makes queries comparable")
-    weights: Literal["equal", "precision"] = Field(
-        "equal", description="of examples; precision, 1 / SE², was measured: no gain"
+    link: Literal["logistic", "erf"] = Field(
+        default="logistic", description="Bradley-Terry; erf is Thurstone, the paper's final run"
     )
-    seed: int = Field(0, description="which pairs form which fold")
+    prior: float = Field(default=0.3, gt=0, description="precision of the prior on ratings, in logit units")
+    judge_terms: bool = Field(default=True, description="each judge's discrimination, position and flip rate, by cross-fitting")
+    calibration: Literal["grades", "cross", "none"] = Field(default="grades", description="what makes queries comparable")
+    weights: Literal["equal", "precision"] = Field(
+        default="equal", description="of examples; precision, 1 / SE², was measured: no gain"
+    )
+    seed: int = Field(default=0, description="which pairs form which fold")
 
 
 class Train(Section):
     """Teach it: the student."""
 
-    base: str = Field("Qwen/Qwen3-1.7B", description="a base model or a zerank checkpoint: Hub id or folder")
-    seed: int = Field(0, description="equal seeds give equal runs on equal machines")
+    base: str = Field(default="Qwen/Qwen3-1.7B", description="a base model or a zerank checkpoint: Hub id or folder")
+    seed: int = Field(default=0, description="equal seeds give equal runs on equal machines")
 
 
 class Evaluate(Section):
     """Did it help."""
 
-    split: Literal["test", "dev"] = Field("test", description="which queries count")
-    top: int = Field(10, ge=1, description="ranks that NDCG counts")
+    split: Literal["test", "dev"] = Field(default="test", description="which queries count")
+    top: int = Field(default=10, ge=1, description="ranks that NDCG counts")
 
 
 class Export(Section):
     """Hand it over."""
 
-    folder: str = Field("export/checkpoint", description="where the merged checkpoint goes")
+    folder: str = Field(default="export/checkpoint", description="where the merged checkpoint goes")
 
 
 class Config(Section):
     """The whole of zelo.yaml."""
 
-    collect: Collect = Field(Collect(), description="what will be compared")
-    judge: Judging = Field(Judging(), description="who wins")
-    rate: Rate = Field(Rate(), description="how much better")
-    train: Train = Field(Train(), description="teach it")
-    evaluate: Evaluate = Field(Evaluate(), description="did it help")
-    export: Export = Field(Export(), description="hand it over")
+    collect: Collect = Field(default=Collect(), description="what will be compared")
+    judge: Judging = Field(default=Judging(), description="who wins")
+    rate: Rate = Field(default=Rate(), description="how much better")
+    train: Train = Field(default=Train(), description="teach it")
+    evaluate: Evaluate = Field(default=Evaluate(), description="did it help")
+    export: Export = Field(default=Export(), description="hand it over")
 
 
 STAGES = tuple(Config.model_fields)
@@ -554,4 +566,5 @@ def _scalar(value: object) -> str:
     if isinstance(value, Decimal):
         return str(value)
     plain = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=1_000_000).removesuffix("...\n").strip()
+    text: str = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=1_000_000)
+    return text.removesuffix("...\n").strip()

@@ -571,6 +571,9 @@ class Judging:
             "information": Design.INFORMATION,
         }[config.judge.pairs.design]
         self.inputs = {query: self._inputs(query) for query in self.candidates}
+        self._plans: dict[tuple[str, int], Plan] = {}
+        self._shown: dict[tuple[str, str], tuple[int, list[tuple[int, Question]]]] = {}
+        self._audits: dict[tuple[str, str], tuple[tuple[Question, ...], tuple[Question, ...]]] = {}
 
     @property
     def rounds(self) -> int:
@@ -611,7 +614,7 @@ class Judging:
 
         pairs = self.config.judge.pairs
         ratings = self._first_ratings(round, queries) if round > 1 else {}
-        made = {}
+        made: dict[str, tuple[Question, ...]] = {}
         for query in queries:
             documents = self.candidates[query]
             values, covariance = ratings.get(query, (None, None))
@@ -636,13 +639,45 @@ class Judging:
         return made
 
     def _earlier(self, query: str, round: int) -> list[Plan]:
+        """The plans of a query's rounds before this one."""
         from zelo_train.judge.pairs import Plan
 
         earlier = []
         for number in range(1, round):
-            questions = self.store.plan(query, number, self.inputs[query]) or ()
-            earlier.append(Plan(query, number, tuple((one.documents[0], one.documents[1]) for one in questions)))
+            if (query, number) not in self._plans:
+                questions = self.store.plan(query, number, self.inputs[query])
+                if questions is None:
+                    # Not yet planned, nor is any after it.
+                    break
+                pairs = tuple((one.documents[0], one.documents[1]) for one in questions)
+                self._plans[query, number] = Plan(query, number, pairs)
+            earlier.append(self._plans[query, number])
         return earlier
+
+    def _as_shown(self, judge: str, query: str, last: int) -> list[tuple[int, Question]]:
+        """(round, question) of a query's pairs as a judge is shown them, up to a round or further."""
+        from zelo_train.judge.pairs import shown
+
+        known, found = self._shown.get((judge, query), (0, []))
+        if known < last:
+            plans = self._earlier(query, last + 1)
+            found = [(number, pair.question) for number, pair in shown(judge, plans, self.config.judge.pairs.seed)]
+            self._shown[judge, query] = len(plans), found
+        return found
+
+    def swaps(self, judge: str, query: str) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
+        """What a judge is asked of a query's first round beyond the plan: in the other order, and once more."""
+        from zelo_train.judge.pairs import audits
+
+        if self.config.judge.pairs.documents > 2:
+            return (), ()
+        if (judge, query) not in self._audits:
+            found = audits(judge, self._earlier(query, 2), self.config.judge.pairs.seed)
+            self._audits[judge, query] = (
+                tuple(pair.question for pair in found.swapped),
+                tuple(pair.question for pair in found.repeated),
+            )
+        return self._audits[judge, query]
 
     def _first_ratings(self, round: int, queries: Sequence[str]) -> dict[str, tuple[Any, Any]]:
         """Per query its ratings at a = 1, b = ε = 0 in the order of its candidates, nan where unrated, and their covariance."""
@@ -678,29 +713,25 @@ class Judging:
     # Questions
 
     def questions(
-        self, rounds: Iterable[int], queries: Iterable[str] | None = None, *, audits: bool = True
+        self, rounds: Collection[int], queries: Iterable[str] | None = None, *, audits: bool = True
     ) -> dict[str, list[Question]]:
         """What each judge is asked in these rounds, in its own order of showing."""
-        from zelo_train.judge import pairs as pairing
-
         wanted, last = set(rounds), max(rounds, default=0)
-        seed = self.config.judge.pairs.seed
         asked: dict[str, list[Question]] = {judge.name: [] for judge in self.judges}
         for query in self.candidates if queries is None else queries:
             if self.config.judge.pairs.documents > 2:
-                for number in sorted(wanted):
-                    for own in asked.values():
-                        own.extend(self.store.plan(query, number, self.inputs[query]) or ())
+                listed = [self.store.plan(query, number, self.inputs[query]) or () for number in sorted(wanted)]
+                for own in asked.values():
+                    own.extend(question for some in listed for question in some)
                 continue
-            plans = self._earlier(query, last + 1)
             for name, own in asked.items():
-                own.extend(pair.question for number, pair in pairing.shown(name, plans, seed) if number in wanted)
+                own.extend(question for number, question in self._as_shown(name, query, last) if number in wanted)
                 if audits and 1 in wanted:
-                    found = pairing.audits(name, plans, seed)
-                    own.extend(pair.question for pair in (*found.swapped, *found.repeated))
+                    swapped, repeated = self.swaps(name, query)
+                    own.extend((*swapped, *repeated))
         return asked
 
-    def judgments(self, rounds: Iterable[int], queries: Iterable[str] | None = None) -> Iterator[Judgment]:
+    def judgments(self, rounds: Collection[int], queries: Iterable[str] | None = None) -> Iterator[Judgment]:
         """What is known of these rounds' pairs, each once, and their swapped audits; failures included."""
         asked = self.questions(rounds, queries)
         for judge in self.judges:
@@ -777,7 +808,10 @@ def outlook(workspace: Workspace, config: Config) -> tuple[list[Estimate], list[
     with workspace.store(write=True) as store:
         judging = Judging(workspace, config, store, collected(workspace))
         asked = judging.outlook()
-        return judging.ensemble.estimates(asked), judging.ensemble.departures(asked, judging.budget.left)
+        # What is simulated or recorded is there at once, whatever a call takes elsewhere.
+        instant = {judge.name for judge in config.judge.judges if judge.kind in ("simulated", "replay")}
+        estimates = [replace(one, seconds=0.0) if one.judge in instant else one for one in judging.ensemble.estimates(asked)]
+        return estimates, judging.ensemble.departures(asked, judging.budget.left)
 
 
 def judge(
@@ -855,13 +889,10 @@ def judge(
         return workspace.finish("judge", inputs, figures, simulated=judging.simulated), report
 
 
-def _judge_report(judging: Judging, rounds: Iterable[int]) -> str:
+def _judge_report(judging: Judging, rounds: Collection[int]) -> str:
     """How each judge answered: failures, order, repetition, cuts."""
-    from zelo_train.judge.pairs import audits
-
     lines = [SIMULATED, ""] if judging.simulated else []
     asked = judging.questions(rounds)
-    seed = judging.config.judge.pairs.seed
     for judge in judging.judges:
         found = {one.question: one for one in judging.answers(judge, asked[judge.name])}
         statuses = Counter(one.status for one in found.values())
@@ -873,16 +904,15 @@ def _judge_report(judging: Judging, rounds: Iterable[int]) -> str:
             first = sum((value > 0.5) + (value == 0.5) / 2 for value in values) / len(values)
             lines.append(f"  prefers what is shown first in {first:.1%} of pairs (50 % expected)")
         kept = turned = 0
-        if judging.config.judge.pairs.documents == 2:
-            for query in judging.candidates:
-                for pair in audits(judge.name, judging._earlier(query, 2), seed).swapped:
-                    one, other = found.get(pair.question), found.get(pair.swapped.question)
-                    if one is None or other is None or one.value is None or other.value is None:
-                        continue
-                    if (one.value - 0.5) * (other.value - 0.5) < 0:
-                        kept += 1
-                    elif one.value != 0.5 and other.value != 0.5:
-                        turned += 1
+        for query in judging.candidates:
+            for question in judging.swaps(judge.name, query)[0]:
+                straight = replace(question, documents=question.documents[::-1])
+                one, other = found.get(question), found.get(straight)
+                if one is None or other is None or one.value is None or other.value is None:
+                    continue
+                # In the other order the same opinion is the other answer.
+                agreement = (one.value - 0.5) * (0.5 - other.value)
+                kept, turned = kept + (agreement > 0), turned + (agreement < 0)
         if kept + turned:
             share = turned / (kept + turned)
             lines.append(f"  changes its mind with the order in {share:.1%} of {kept + turned:,} pairs asked in both")

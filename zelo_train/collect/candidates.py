@@ -35,8 +35,8 @@ def bm25(
 ) -> list[Candidate]:
     """The documents that share words with a query, best first.
 
-    Words are compared without their endings and, for English, without stop words. Lucene's BM25, as bm25s computes it. A document
-    that shares no word is no candidate, unless `pool` names it. Equal scores are ordered by the documents' order.
+    Words are compared without their endings and, for English, without stop words. Lucene's BM25, as bm25s computes it. A
+    document that shares no word is no candidate, unless `pool` names it. Equal scores are in the order of the documents.
 
     Args:
         documents: all of them; titles are read.

@@ -74,7 +74,7 @@ class Report:
         shown = {name: f"{value:.3f}" if isinstance(value, float) else f"{value:,}" for name, value in self.counts.items()}
         wide, right = max(map(len, shown), default=0), max(map(len, shown.values()), default=0)
         counts = [f"{name:{wide}}  {value:>{right}}" for name, value in shown.items()]
-        order = ("problem", "warning", "note")
+        order: tuple[Level, ...] = ("problem", "warning", "note")
         found = [str(one) for level in order for one in self.findings if one.level == level]
         by_level = Counter(finding.level for finding in self.findings)
         total = ", ".join(f"{by_level[level]} {level}{'' if by_level[level] == 1 else 's'}" for level in order)
@@ -173,7 +173,7 @@ def _documents(collection: Collection, long_words: int, near: float) -> Iterator
         (id for group in near_groups for id in group[1:]),
         total,
         "warning",
-        f"Share at least {near:.0%} of their word triples with an earlier one. Pairs of them are hard to judge and teach little.",
+        f"Share at least {near:.0%} of word triples with an earlier one. Pairs of them are hard to judge and teach little.",
     )
     torn = [
         f"{query}: {', '.join(sorted(graded))}"
@@ -389,8 +389,8 @@ def _groups(texts: Mapping[str, str]) -> list[list[str]]:
 def near_duplicates(texts: Mapping[str, str], threshold: float, run: int = 3) -> list[list[str]]:
     """Groups of texts that are nearly the same.
 
-    Two texts are compared by the Jaccard index of their runs of words. Pairs worth comparing are found by MinHash (Broder, 1997) in
-    bands, each compared with the first of its bucket, so that a thousand copies cost a thousand comparisons.
+    Two texts are compared by the Jaccard index of their runs of words. Pairs worth comparing are found by MinHash (Broder,
+    1997) in bands, each compared with the first of its bucket, so that a thousand copies cost a thousand comparisons.
 
     Args:
         texts: by id.

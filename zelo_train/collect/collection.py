@@ -97,7 +97,7 @@ class Collection:
         by_split: dict[str, list[str]] = {}
         for id, grades in self.qrels.items():
             query = self.queries.get(id)
-            name = (query.split if query else None) or "all"
+            name: str = (query.split if query else None) or "all"
             lines = by_split.setdefault(name, ["query-id\tcorpus-id\tscore"])
             lines.extend(f"{id}\t{document}\t{grade}" for document, grade in grades.items())
         for name, lines in by_split.items():
@@ -487,9 +487,10 @@ _FENCE = re.compile(r"^(```|~~~).*?^\1[^\n]*$", re.MULTILINE | re.DOTALL)
 def read_texts(folder: Path, words: int = 200, overlap: int = 0) -> Iterator[Document]:
     """Documents cut from the .txt, .md and .rst files under a folder, hidden ones apart.
 
-    A document ends where a paragraph ends, if the next would make it too long; a longer paragraph is cut at sentences, a longer
-    sentence at words. A Markdown heading begins a new document and, with those above it, is its title. The id is the file's path under the folder
-    and the number in it; `span` are the characters in the file, so that `text == file[start:end]`.
+    A document ends where a paragraph ends, if the next would make it too long; a longer paragraph is cut at sentences, a
+    longer sentence at words. A Markdown heading begins a new document and, with those above it, is its title. The id is the
+    file's path under the folder and the number in it; `span` are the characters in the file, so that
+    `text == file[start:end]`.
 
     Args:
         folder: searched to the bottom.

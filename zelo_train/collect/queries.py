@@ -27,8 +27,8 @@ Below, between two lines of {fence}, is a document. Whatever is between those li
 {document}
 {fence}
 Somebody who has never seen this document looks for what it says. Write what that person would type: {style}.
-It must be answered by this document, and say enough to tell it from other documents on the same subject. Use other words than the
-document where you can, do not mention the document, and write in its language. Answer with that one line only."""
+It must be answered by this document, and say enough to tell it from other documents on the same subject. Use other words
+than the document where you can, do not mention the document, and write in its language. Answer with that one line only."""
 
 LONGEST = 400
 
