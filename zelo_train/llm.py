@@ -98,6 +98,11 @@ class Fault(Exception):
         self.retry_after = retry_after
         self.reply = reply
 
+    @property
+    def status(self) -> Status:
+        """How a question ends that ends with this."""
+        return _STATUS.get(self.kind, Status.GAVE_UP)
+
 
 class Chat(Protocol):
     """Whoever answers one chat-completions body."""
@@ -267,6 +272,10 @@ class Endpoint:
             self._open = (loop, client, httpx2.Response)
         return self._open[1:]
 
+    def sdk(self) -> AsyncOpenAI:
+        """The SDK's client in this event loop, for what is not chat: batches, files."""
+        return self._client()[0]
+
     async def send(self, body: Body) -> Reply:
         """One try; the response is read whole within `timeout` seconds."""
         import openai
@@ -394,7 +403,8 @@ class Replay:
             if line.strip():
                 row = json.loads(line)
                 top = tuple(tuple((str(token), float(p)) for token, p in at) for at in row.pop("top", ()))
-                self._replies[row.pop("body")] = Reply(**row, top=top)
+                name = row.pop("body")
+                self._replies[name] = Reply(**row, top=top)
 
     async def send(self, body: Body) -> Reply:
         """The recorded reply."""
@@ -507,7 +517,7 @@ class Gate:
         self._window = 0
         self._pressed = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._broken: JudgeError | None = None
+        self.stopped: JudgeError | None = None
 
     @property
     def allowed(self) -> int:
@@ -517,8 +527,8 @@ class Gate:
     async def enter(self) -> None:
         """Wait for a place. Raises JudgeError once the judge is stopped."""
         while True:
-            if self._broken is not None:
-                raise self._broken
+            if self.stopped is not None:
+                raise self.stopped
             rest = self._closed_until - time.monotonic()
             if rest > 0:
                 await asyncio.sleep(rest)
@@ -568,7 +578,8 @@ class Gate:
             self.stop(
                 JudgeError(
                     f"judge {self.judge!r} asks to wait {fault.retry_after:.0f} s, longer than "
-                    f"{self.patience.retry_after:.0f} s ({fault.reason}); what is answered is kept: run the same command again then"
+                    f"{self.patience.retry_after:.0f} s ({fault.reason}); what is answered is kept: run the same command "
+                    "again then"
                 )
             )
         self.streak += 1
@@ -578,7 +589,7 @@ class Gate:
 
     def stop(self, error: JudgeError) -> None:
         """Let nobody send any more."""
-        self._broken = self._broken or error
+        self.stopped = self.stopped or error
         while self._waiting:
             place = self._waiting.popleft()
             if not place.done():
@@ -699,11 +710,12 @@ class Client:
                 outcome.status = Status.OK
                 return outcome
             outcome.reason = fault.reason
-            if fault.kind == "fatal":
-                continue  # the gate is stopped, and says so
+            if self.gate.stopped is not None:
+                # This question was never really asked: it ends nowhere and is asked again with the next run.
+                raise self.gate.stopped
             replies += fault.kind in _ANSWERED
             if fault.kind in _FINAL or outcome.tries >= patience.tries or replies >= patience.answers:
-                outcome.status = _STATUS.get(fault.kind, Status.GAVE_UP)
+                outcome.status = fault.status
                 return outcome
             if fault.kind not in _ANSWERED:
                 await self.sleep(self._wait(outcome.tries, fault))

@@ -66,8 +66,8 @@ class Memory:
 class Pocket:
     """Takes money out of a purse for many tries at once: two commits for `BLOCK` tries, not for each.
 
-    What is taken out counts as reserved until every try of the block is settled, so the cap holds as before; a process that dies
-    leaves some more behind that stays counted.
+    What is taken out counts as reserved until every try of the block is settled, so the cap holds as before; a process that
+    dies leaves some more behind that stays counted.
     """
 
     def __init__(self, purse: Purse, block: int = BLOCK) -> None:
@@ -196,7 +196,9 @@ class Ensemble:
         self.run = run
         self.keep_raw = keep_raw
         self.again = frozenset(again)
+        # Documents that were cut, by judge, and an example for each kind of failure: for the report.
         self.cut: Counter[str] = Counter()
+        self.reasons: dict[str, dict[str, str]] = {judge.name: {} for judge in judges}
         self._query_text, self._document_text = query_text, document_text
 
     # Before
@@ -240,6 +242,10 @@ class Ensemble:
         return [
             (question, identity) for question, identity, judgment in self._known(judge, questions) if self._is_open(judgment)
         ]
+
+    def unanswered(self, judge: Judge, questions: Sequence[Question]) -> list[Question]:
+        """What a judge has not answered yet."""
+        return [question for question, _ in self._open(judge, questions)]
 
     def _is_open(self, judgment: Judgment | None) -> bool:
         return judgment is None or judgment.status in self.again
@@ -286,7 +292,7 @@ class Ensemble:
     def ask(self, questions: Questions, *, confirmed: Collection[str] = (), progress: bool = False) -> list[Judgment]:
         """Ask every judge what it has not answered yet.
 
-        Ctrl-C lets the answers under way come in, for up to ten seconds; a second one does not. Both keep all that was answered.
+        Ctrl-C lets the answers under way come in, for up to ten seconds; a second one does not. All that was answered is kept.
 
         Args:
             questions: the same for every judge, or by judge's name. A question listed twice is asked twice, as an audit.
@@ -424,6 +430,8 @@ class _Line:
                 return
             judgment = answer.judgment
             self.answers[place] = judgment
+            if not judgment.answered:
+                ensemble.reasons[self.judge.name][judgment.status.value] = answer.reason
             if judgment.status is Status.GAVE_UP:
                 # Whether the question or the endpoint is to blame shows with the next answer: if the circuit breaker opens
                 # instead, this question was never really asked, and will be.

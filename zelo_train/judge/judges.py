@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from zelo_train.cost import Price
 from zelo_train.errors import JudgeError
 from zelo_train.judge.prompt import LETTERS, Prompts, is_cut, shown
-from zelo_train.llm import Chat, Client, Endpoint, Fault, Gate, Patience, Purse, Reply, likely_tokens
+from zelo_train.llm import Chat, Client, Endpoint, Fault, Gate, Patience, Purse, Reply, likely_tokens, most_tokens
 from zelo_train.records import Form, Judgment, Kind, Question, Status
 from zelo_train.store import JudgeIdentity, digest
 
@@ -166,8 +166,8 @@ def read_vote(reply: Reply) -> float:
 def read_grade(reply: Reply) -> float:
     """The expected grade where there are log-probabilities, else the grade that is written.
 
-    A tokenizer may write 10 as two tokens, and then the token 1 begins 1 or 10. Where 1 was written, the next token tells; where
-    it was only likely, it counts as whichever lies nearer to the other grades.
+    A tokenizer may write 10 as two tokens, and then the token 1 begins 1 or 10. Where 1 was written, the next token tells;
+    where it was only likely, it counts as whichever lies nearer to the other grades.
 
     Raises:
         Fault: "refused" or "unparsable".
@@ -354,7 +354,7 @@ class ChatJudge:
     def likely(self, asked: Asked) -> Likely:
         """Four bytes a token in; out what the question asks for, or half of what it may take where that is much."""
         body = self.body(asked)
-        most = body.get("max_completion_tokens") or body.get("max_tokens") or self.max_tokens
+        most = _most_out(body)
         content = sum(len(message["content"].encode()) for message in body["messages"])
         return Likely(likely_tokens(body), most // 2 if most > 64 else min(most, 4 * len(asked.documents)), content)
 
@@ -368,6 +368,10 @@ class ChatJudge:
             return Form.SOFT, read_soft(reply), ()
         return Form.VOTE, read_vote(reply), ()
 
+    def worst(self, body: Mapping[str, Any]) -> int:
+        """Millionths that one try can cost at most."""
+        return self.price.of(most_tokens(body), 0, _most_out(body))
+
     def cuts(self, asked: Asked) -> int:
         """How many of the documents are longer than it reads."""
         return sum(is_cut(text, self.document_tokens) for text in asked.documents)
@@ -376,8 +380,7 @@ class ChatJudge:
         """Ask until it answers, within its patience and the purse."""
         question = asked.question
         body = self.body(asked)
-        most_out = body.get("max_completion_tokens") or body.get("max_tokens") or 16_384
-        outcome = await self.client.complete(body, lambda reply: self.read(question, reply), purse, most_out * body.get("n", 1))
+        outcome = await self.client.complete(body, lambda reply: self.read(question, reply), purse, _most_out(body))
         form, value, order = outcome.answer if outcome.answer is not None else (None, None, ())
         judgment = Judgment(
             judge=self.name,
@@ -398,6 +401,11 @@ class ChatJudge:
         """Close the chat's connections; the next question finds a whole circuit."""
         self.client.gate = self._gate()
         await self.chat.aclose()
+
+
+def _most_out(body: Mapping[str, Any]) -> int:
+    """Tokens that a reply may have; what is not limited is taken for much."""
+    return (body.get("max_completion_tokens") or body.get("max_tokens") or 16_384) * body.get("n", 1)
 
 
 # Teachers
