@@ -217,6 +217,11 @@ def judge(
     workspace: Folder = HERE,
     estimate: Annotated[bool, typer.Option("--estimate", help="Tell calls, tokens, money and time; ask nothing.")] = False,
     show_prompt: Annotated[bool, typer.Option("--show-prompt", help="Print what judges read, and exit.")] = False,
+    pilot: Annotated[bool, typer.Option("--pilot", help="Ask pairs of known order only, and tell whether to go on.")] = False,
+    sheet: Annotated[
+        Path | None, typer.Option(help="With --pilot: a person's filled-in sheet.", show_default="the collection's grades")
+    ] = None,
+    write_sheet: Annotated[Path | None, typer.Option(help="Write a .csv sheet of pairs for a person, and exit.")] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Ask again what a judge gave up on.")] = False,
     yes: Yes = False,
 ) -> None:
@@ -232,7 +237,21 @@ def judge(
         _, config = _open(workspace)
         print(Prompts.read(config.judge.criterion).preview())
         return
+    if sheet is not None and not pilot:
+        raise typer.BadParameter("it goes with --pilot", param_hint="--sheet")
+    if write_sheet is not None:
+        opened, config = _open(workspace)
+        count = pipeline.write_sheet(opened, config, write_sheet)
+        print(f"wrote {count} pairs to {write_sheet}: fill in `preferred` with left, right or tie, at least 100")
+        return
     with _writing(workspace) as (opened, config):
+        if pilot:
+            confirm = _confirm(config, yes=yes)
+            found = pipeline.pilot(opened, config, sheet=sheet, confirm=confirm, progress=_watched())
+            print("\n".join(found.lines(config.judge.currency)))
+            if found.advice != "proceed":
+                raise typer.Exit(FAILURE)
+            return
         if estimate:
             from zelo_train.cost import table
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from zelo_train.judge.ask import Departure, Ensemble
     from zelo_train.judge.judges import Judge
     from zelo_train.judge.pairs import Plan
+    from zelo_train.judge.pilot import Pilot
     from zelo_train.rate import Calibration, Ratings
 
 EMBEDDED = "embedded"
@@ -41,6 +42,9 @@ GRADES, CROSS = 0, -1
 
 # Of the queries the other calibration is asked too, so that each audits the other; correlations of fewer mean nothing.
 AUDITED_SHARE, AUDITED_LEAST = 0.02, 8
+
+# Pairs of known order that a pilot asks.
+PILOT = 200
 
 SIMULATED = "Judges are simulated from qrels: these figures say nothing about LLM judges or about what training will bring."
 
@@ -424,6 +428,10 @@ class Collected:
         """A document's title and text."""
         return self.collection.documents[id].full_text
 
+    def length(self, id: str) -> int:
+        """Characters of a document's title and text."""
+        return len(self.document_text(id))
+
     @cached_property
     def texts(self) -> Texts:
         """Hashes of the texts."""
@@ -542,14 +550,15 @@ class Judging:
         config: its settings.
         store: where answers go.
         material: what collect left.
+        run: what the run is for; its time is added.
     """
 
-    def __init__(self, workspace: Workspace, config: Config, store: Store, material: Collected) -> None:
+    def __init__(self, workspace: Workspace, config: Config, store: Store, material: Collected, run: str = "judge") -> None:
         from zelo_train.judge.ask import Ensemble
         from zelo_train.judge.pairs import Design
 
         self.config, self.store, self.material = config, store, material
-        self.budget = _budget(store, config, "judge")
+        self.budget = _budget(store, config, run)
         self.judges = judges(workspace, config, material)
         self.ensemble: Ensemble = Ensemble(
             self.judges,
@@ -585,6 +594,11 @@ class Judging:
         """Whether any judge is."""
         probe = Question(Kind.GRADE, ("",), ("",))
         return any(judge.identity(probe).simulated for judge in self.judges)
+
+    def confirmed(self, asked: Sequence[Question] | Mapping[str, Sequence[Question]], confirm: Confirm | None) -> list[str]:
+        """The hosts that texts may go to, after whoever decides was told all that would leave."""
+        leaving = self.ensemble.departures(asked, self.budget.left)
+        return [one.host for one in leaving] if leaving and confirm is not None and confirm(leaving) else []
 
     def _inputs(self, query: str) -> str:
         """What a query's plan depends on: its texts and the design. The judges are none: another one is asked the same."""
@@ -841,6 +855,7 @@ def judge(
         JudgeError: a judge cannot be asked, or a host was not confirmed.
         TooFewAnswers: nothing can be rated.
     """
+    from zelo_train.judge.report import report
     from zelo_train.rate import preferences
     from zelo_train.rate import rate as rating
 
@@ -858,14 +873,13 @@ def judge(
         ensemble = judging.ensemble
         if retry:
             ensemble.again = frozenset({Status.GAVE_UP})
-        asked = judging.outlook()
-        leaving = ensemble.departures(asked, judging.budget.left)
-        confirmed = [one.host for one in leaving] if leaving and confirm is not None and confirm(leaving) else []
+        confirmed = judging.confirmed(judging.outlook(), confirm)
         folder = workspace.begin("judge")
+        judgments: list[Judgment] = []
         for number in range(1, judging.rounds + 1):
             planned = sum(map(len, judging.plan(number).values()))
             say(f"round {number} of {judging.rounds}: {planned:,} questions to each of {len(judging.judges)} judges")
-            ensemble.ask(judging.questions([number]), confirmed=confirmed, progress=progress)
+            judgments += ensemble.ask(judging.questions([number]), confirmed=confirmed, progress=progress)
         rounds = range(1, judging.rounds + 1)
         if config.rate.calibration != "none":
             ratings = rating(
@@ -881,50 +895,83 @@ def judge(
             grades = [one for query, listed in graded.items() if not by_cross or query in few for one in listed]
             across = judging.cross_plan(ratings, list(ratings.answers.queries) if by_cross else sorted(few))
             say(f"grades: {len(grades):,} questions; across queries: {len(across):,}, to each judge")
-            ensemble.ask([*grades, *across], confirmed=confirmed, progress=progress)
-        report = _judge_report(judging, rounds)
-        write_whole(folder / "report.txt", report)
+            judgments += ensemble.ask([*grades, *across], confirmed=confirmed, progress=progress)
+        found = report(judgments, material.length, cut=ensemble.cut, reasons=ensemble.reasons)
+        text = "\n".join(found.lines(config.judge.currency)) + "\n"
+        write_whole(folder / "report.txt", text)
         counts = Counter(status.value for (_, _, status), count in store.counts().items() for _ in range(count))
         figures = {"queries": len(judging.candidates), "judges": len(judging.judges), **counts}
-        return workspace.finish("judge", inputs, figures, simulated=judging.simulated), report
+        return workspace.finish("judge", inputs, figures, simulated=judging.simulated), text
 
 
-def _judge_report(judging: Judging, rounds: Collection[int]) -> str:
-    """How each judge answered: failures, order, repetition, cuts."""
-    lines = [SIMULATED, ""] if judging.simulated else []
-    asked = judging.questions(rounds)
-    for judge in judging.judges:
-        found = {one.question: one for one in judging.answers(judge, asked[judge.name])}
-        statuses = Counter(one.status for one in found.values())
-        total = sum(statuses.values())
-        failed = ", ".join(f"{count:,} {status.value}" for status, count in statuses.items() if status is not Status.OK)
-        lines.append(f"{judge.name}: {total:,} questions, {statuses[Status.OK]:,} answered" + (f", {failed}" if failed else ""))
-        values = [one.value for one in found.values() if one.value is not None]
-        if values:
-            first = sum((value > 0.5) + (value == 0.5) / 2 for value in values) / len(values)
-            lines.append(f"  prefers what is shown first in {first:.1%} of pairs (50 % expected)")
-        kept = turned = 0
-        for query in judging.candidates:
-            for question in judging.swaps(judge.name, query)[0]:
-                straight = replace(question, documents=question.documents[::-1])
-                one, other = found.get(question), found.get(straight)
-                if one is None or other is None or one.value is None or other.value is None:
-                    continue
-                # In the other order the same opinion is the other answer.
-                agreement = (one.value - 0.5) * (0.5 - other.value)
-                kept, turned = kept + (agreement > 0), turned + (agreement < 0)
-        if kept + turned:
-            share = turned / (kept + turned)
-            lines.append(f"  changes its mind with the order in {share:.1%} of {kept + turned:,} pairs asked in both")
-        cut = judging.ensemble.cut[judge.name]
-        if cut:
-            lines.append(f"  {cut:,} documents were longer than it reads (judge.document_tokens) and were cut")
-        spent = sum(one.settled + one.reserved for one in judging.store.spent() if one.judge == judge.name)
-        if spent:
-            from zelo_train.cost import money
+def pilot(
+    workspace: Workspace,
+    config: Config,
+    *,
+    sheet: Path | None = None,
+    count: int = PILOT,
+    confirm: Confirm | None = None,
+    progress: bool = False,
+) -> Pilot:
+    """Ask every judge pairs whose order is known, in both orders. Needs the lock; the answers are kept as any others.
 
-            lines.append(f"  cost {money(spent, judging.config.judge.currency)}")
-    return "\n".join(lines) + "\n"
+    Args:
+        workspace: where answers go.
+        config: its settings.
+        sheet: what a person filled in; without it the collection's grades are taken.
+        count: pairs from grades at most.
+        confirm: asked before a text leaves this machine.
+        progress: show bars.
+
+    Raises:
+        CollectionError: fewer than a hundred pairs are known.
+    """
+    from zelo_train.judge import pilot as piloting
+
+    material = collected(workspace)
+    with workspace.store(write=True, raw=config.judge.keep_replies) as store:
+        judging = Judging(workspace, config, store, material, run="pilot")
+        if sheet is None:
+            known = piloting.from_qrels(judging.candidates, material.collection.qrels, count, config.judge.pairs.seed)
+        else:
+            known = piloting.from_sheet(sheet)
+            gone = [one.query for one in known if one.query not in material.collection.queries]
+            gone += [id for one in known for id in (one.better, one.worse) if id not in material.collection.documents]
+            if gone:
+                raise WorkspaceError(
+                    f"{sheet} names {gone[0]!r}, which the collection lacks; expected a sheet of this workspace"
+                )
+        asked = piloting.questions(known)
+        confirmed = judging.confirmed(asked, confirm)
+        judgments = judging.ensemble.ask(asked, confirmed=confirmed, progress=progress)
+        return piloting.pilot(known, judgments, material.length)
+
+
+def write_sheet(workspace: Workspace, config: Config, path: Path, count: int = PILOT) -> int:
+    """Write a sheet of pairs for a person, best candidates first, one query after another in turn. Returns how many.
+
+    Args:
+        workspace: after collect.
+        config: its settings.
+        path: a .csv file; replaced.
+        count: pairs at most.
+    """
+    from zelo_train.judge.pilot import write_sheet as write
+    from zelo_train.records import Comparison
+
+    material = collected(workspace)
+    pairs = []
+    for query, found in material.judged(config.judge.splits).items():
+        # Of near and far ranks: what is next to each other is hard even for people.
+        ids = [one.document for one in found]
+        steps = [(0, len(ids) // 2), (1, len(ids) - 1), (len(ids) // 4, len(ids) // 2)]
+        chosen = [(ids[a], ids[b]) for a, b in dict.fromkeys(steps) if a < b < len(ids)]
+        for turn, (one, other) in enumerate(chosen):
+            # Blind: which side the better ranked one is on tells nothing.
+            left, right = (one, other) if digest(query, one, other)[0] % 2 else (other, one)
+            pairs.append((turn, digest("sheet", query), Comparison(query, left, right)))
+    pairs.sort(key=lambda row: row[:2])
+    return write((pair for _, _, pair in pairs[:count]), path, material.query_text, material.document_text)
 
 
 # rate

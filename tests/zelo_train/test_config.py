@@ -34,7 +34,7 @@ def test_the_template_takes_values() -> None:
     assert config.collect.source == "a: b # c"
     assert config.judge.cap == Decimal("2.50")
     assert [(judge.name, judge.model) for judge in config.judge.judges] == [("j", "m")]
-    with pytest.raises(ConfigError, match="no setting 'collect.sauce'"):
+    with pytest.raises(ConfigError, match=r"no setting 'collect\.sauce'"):
         template({"collect.sauce": "x"})
 
 
