@@ -38,6 +38,10 @@ class Link(StrEnum):
             return expit(x) * expit(-x)
         return np.exp(-((x / WIDTH) ** 2)) / (WIDTH * np.sqrt(np.pi))
 
+    def bend(self, x: Floats) -> Floats:
+        """F''(x)."""
+        return self.density(x) * (1 - 2 * expit(x) if self is Link.LOGISTIC else -2 * x / WIDTH**2)
+
     def attenuation(self, variance: Floats) -> Floats:
         """κ in E[F(x)] = F(κ·mean) for x ~ N(mean, variance): exact for ERF, close for LOGISTIC (MacKay 1992)."""
         return 1 / np.sqrt(1 + (np.pi * variance / 8 if self is Link.LOGISTIC else 2 * variance / WIDTH**2))
