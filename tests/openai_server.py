@@ -3,8 +3,8 @@
     with openai_server.running(delay=0.05, faults=0.1) as server:
         server.base_url, server.stats()
 
-It runs in a process of its own, so that its time is not the client's. It judges by numbers: a document that says "worth 0.73" is
-worth .73, and everything it answers follows from the worths in the last message, in the order shown:
+It runs in a process of its own, so that its time is not the client's. It judges by numbers: a document that says "worth 0.73"
+is worth .73, and everything it answers follows from the worths in the last message, in the order shown:
 
     one worth    the grade 10 · worth, with log-probabilities around it
     two          P(A) = 1 / (1 + exp(-4 (a - b))) as log-probabilities of the tokens A and B
@@ -90,6 +90,8 @@ class Server:
         self.not_before: dict[str, float] = {}
         self.headers: dict[str, str] = {}
         self.last: dict[str, Any] = {}
+        self.files: list[bytes] = []
+        self.batches: list[dict[str, Any]] = []
 
     def fault(self, name: str) -> str | None:
         """Which fault this body meets this time, if any."""
@@ -125,7 +127,7 @@ class Server:
         order = sorted(range(len(worths)), key=lambda i: -worths[i])
         return " > ".join("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[i] for i in order), []
 
-    def completion(self, body: dict[str, Any], text: str, tokens: list[dict[str, float]], **message: Any) -> dict[str, Any]:
+    def completion(self, body: dict[str, Any], text: str, tokens: list[dict[str, float]], **message: object) -> dict[str, Any]:
         sent = sum(len(m["content"].encode()) // 4 + 4 for m in body["messages"])
         written = max(1, len(tokens))
         self.billed_in += sent
@@ -165,8 +167,41 @@ class Server:
             },
         }
 
+    def batch(self, method: str, path: str, content: bytes) -> bytes | None:
+        """Files and batches; a batch is under way when it is first looked at, and done the second time."""
+        match method, path.removeprefix("/v1").strip("/").split("/"):
+            case "POST", ["files"]:
+                # The multipart part with the lines in it.
+                self.files.append(next(part for part in content.split(b"\r\n\r\n") if part.startswith(b'{"custom_id"')))
+                found: dict[str, Any] = {"id": f"file-{len(self.files)}", "object": "file", "filename": "b", "bytes": 1}
+                found |= {"created_at": 1, "purpose": "batch", "status": "processed"}
+            case "POST", ["batches"]:
+                found = {"id": f"batch-{len(self.batches) + 1}", "object": "batch", "status": "in_progress", "created_at": 1}
+                found |= json.loads(content)
+                self.batches.append(found)
+            case "GET", ["batches"]:
+                found = {"object": "list", "data": self.batches, "has_more": False}
+            case "GET", ["batches", name]:
+                found = dict(self.batches[int(name.removeprefix("batch-")) - 1])
+                self.batches[int(name.removeprefix("batch-")) - 1] |= {"status": "completed", "output_file_id": "output-1"}
+            case "GET", ["files", "output-1", "content"]:
+                rows = [json.loads(line) for line in self.files[0].split(b"\r\n")[0].splitlines()]
+                lines = [
+                    {
+                        "custom_id": row["custom_id"],
+                        "response": {"status_code": 200, "body": self.completion(row["body"], *self.judge(row["body"]))},
+                        "error": None,
+                    }
+                    for row in rows
+                ]
+                return response(200, "\n".join(map(json.dumps, lines)).encode(), "application/octet-stream")
+            case _:
+                return None
+        return response(200, json.dumps(found).encode())
+
     def stats(self) -> dict[str, Any]:
         return {
+            "batches": len(self.batches),
             "requests": self.requests,
             "most_in_flight": self.most_in_flight,
             "streamed": self.streamed,
@@ -232,6 +267,8 @@ class Connection(asyncio.Protocol):
             task = asyncio.get_running_loop().create_task(self.answer(headers, content))
             self.busy.add(task)
             task.add_done_callback(self.busy.discard)
+        elif reply := self.server.batch(method, path.split("?")[0], content):
+            self.transport.write(reply)
         else:
             self.transport.write(error(404, f"no {path}", "not_found"))
 
@@ -292,7 +329,7 @@ class Connection(asyncio.Protocol):
         server = self.server
         write = self.transport.write
 
-        def whole(text: str, tokens: list[dict[str, float]] | None = None, **message: Any) -> dict[str, Any]:
+        def whole(text: str, tokens: list[dict[str, float]] | None = None, **message: object) -> dict[str, Any]:
             return server.completion(body, text, tokens or [], **message)
 
         match fault:
@@ -355,7 +392,7 @@ class Running:
 
 
 @contextmanager
-def running(**settings: Any) -> Iterator[Running]:
+def running(**settings: object) -> Iterator[Running]:
     """A server for the length of a block; arguments as in `Settings`."""
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__)), json.dumps(settings)],

@@ -567,6 +567,13 @@ class Gate:
         self._failed_probes = 0
         self._count(pressed=False)
 
+    def alive(self) -> None:
+        """A reply came, if not one that can be used: the endpoint works, and the question may be tried again."""
+        if self._probing:
+            self.streak = self._failed_probes = 0
+            self._probing = False
+        self._count(pressed=False)
+
     def failure(self, fault: Fault) -> None:
         """A try brought nothing; enough of them in a row open the circuit."""
         # A text that is too long says nothing of the judge.
@@ -703,7 +710,11 @@ class Client:
                 else:
                     self.faults[fault.kind] += 1
                     self.reasons[fault.kind] = fault.reason
-                    self.gate.failure(fault)
+                    replies += fault.kind in _ANSWERED
+                    if fault.kind in _ANSWERED and replies < patience.answers:
+                        self.gate.alive()
+                    else:
+                        self.gate.failure(fault)
             finally:
                 self.gate.leave()
             if fault is None:
@@ -713,7 +724,6 @@ class Client:
             if self.gate.stopped is not None:
                 # This question was never really asked: it ends nowhere and is asked again with the next run.
                 raise self.gate.stopped
-            replies += fault.kind in _ANSWERED
             if fault.kind in _FINAL or outcome.tries >= patience.tries or replies >= patience.answers:
                 outcome.status = fault.status
                 return outcome

@@ -21,6 +21,7 @@ from zelo_train.llm import (
     Fault,
     Free,
     Gate,
+    Outcome,
     Patience,
     Purse,
     Recorder,
@@ -57,12 +58,12 @@ def letter(reply: Reply) -> str:
     return reply.text
 
 
-def client(server: openai_server.Running, patience: Patience = QUICK, in_flight: int = 8, **options: Any) -> Client:
+def client(server: openai_server.Running, patience: Patience = QUICK, in_flight: int = 8, **options: object) -> Client:
     chat = Endpoint(server.base_url, timeout=options.pop("timeout", 5.0))
     return Client(chat, Gate("judge", in_flight, patience=patience), **options)
 
 
-async def ask(client: Client, number: int = 0, purse: Purse | None = None) -> Any:
+async def ask(client: Client, number: int = 0, purse: Purse | None = None) -> Outcome[str]:
     try:
         return await client.complete(body(number), letter, purse or Free(), 1)
     finally:
@@ -284,7 +285,7 @@ async def test_a_cancelled_try_counts_in_full() -> None:
     assert asked.gate.in_flight == 0
 
 
-def completion(**changes: Any) -> dict[str, Any]:
+def completion(**changes: object) -> dict[str, Any]:
     return {"model": "m", "choices": [{"message": {"content": "A"}, "finish_reason": "stop"}], **changes}
 
 

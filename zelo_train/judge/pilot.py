@@ -221,16 +221,16 @@ def pilot(known: Sequence[Known], judgments: Iterable[Judgment], length: Callabl
 def _advice(judge: JudgeReport, agreement: Share) -> tuple[Advice, str]:
     if not agreement.of:
         return "stop", "it answered nothing"
+    # Before its agreement, which order or length alone can raise.
+    always = next((fault for fault in judge.faults if "always" in fault), None)
+    if always is not None:
+        return "stop", always
     if agreement.like_chance or agreement.share < TOO_FEW:
-        # Length comes before chance, and order before both: each explains an agreement of one half.
-        named = next((fault for fault in judge.faults if "always" in fault), "")
-        return "stop", named or f"it agrees no more than {agreement.share:.2f}; a coin gives .5. Take another model"
+        return "stop", f"it agrees no more than {agreement.share:.2f}; a coin gives .5. Take another model"
     if judge.refused.share > MUCH_REFUSED:
         return "change the prompt", f"no answer that can be read to {judge.refused.share:.0%} of the questions"
     if abs(judge.position.share - 0.5) > MUCH_POSITION:
         return "change the prompt", f"{judge.position.share:.2f} of its answers prefer the first document"
-    if any("always" in fault for fault in judge.faults):
-        return "change the prompt", judge.faults[0]
     if agreement.share < GOOD:
         return "change the prompt", (
             f"it agrees in {agreement.share:.2f}, less than {GOOD}: say in judge.criterion what relevant means here, or take "

@@ -136,7 +136,7 @@ class JudgeReport:
         told = {words: share for words, share in signs.items() if share.of >= ENOUGH}
         if told and all(share.like_chance for share in told.values()):
             return ", ".join(f"{words} {share}" for words, share in told.items())
-        if self.flips.of >= ENOUGH and Share(self.flips.of - self.flips.count, self.flips.of).like_chance:
+        if not told and self.flips.of >= ENOUGH and Share(self.flips.of - self.flips.count, self.flips.of).like_chance:
             return f"asked in the other order it prefers another document in {self.flips}"
         return ""
 

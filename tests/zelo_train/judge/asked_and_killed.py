@@ -1,7 +1,7 @@
 """Judging that is killed again and again: `python asked_and_killed.py SETTINGS` forks, kills -9, and reports as JSON.
 
-A program of its own, for it forks: what is imported once need not be imported forty times. Each child notes the key of an answer
-in a file after its commit, so that the parent knows what must not be lost.
+A program of its own, for it forks: what is imported once need not be imported forty times. Each child notes the key of an
+answer in a file after its commit, so that the parent knows what must not be lost.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,11 @@ def expected(question: Question) -> float:
     return openai_server.p_first(round(first, 4), round(second, 4))
 
 
-def ensemble(*judges: ChatJudge, **options: Any) -> Ensemble:
+def ensemble(*judges: ChatJudge, **options: object) -> Ensemble:
     return Ensemble(judges, QUERIES.__getitem__, DOCUMENTS.__getitem__, **options)
 
 
-def judge(server: openai_server.Running, name: str = "judge", *, timeout: float = 5.0, **options: Any) -> ChatJudge:
+def judge(server: openai_server.Running, name: str = "judge", *, timeout: float = 5.0, **options: object) -> ChatJudge:
     return ChatJudge(name, server.model, Endpoint(server.base_url, timeout=timeout), price=PRICE, **options)
 
 
@@ -192,7 +192,7 @@ def test_the_cap_stops_and_a_higher_one_goes_on(tmp_path: Path) -> None:
     asked = questions(200)
     with openai_server.running() as server, Store(tmp_path / "answers.db", write=True) as store:
         cap = 60_000
-        with pytest.raises(CapReached, match="raise judge.cap"):
+        with pytest.raises(CapReached, match=r"raise judge\.cap"):
             ensemble(judge(server), place=store, purse=Budget(store, "first", cap)).ask(asked)
         kept = sum(store.counts().values())
         assert 0 < kept < 200
@@ -221,7 +221,7 @@ def test_a_question_that_cannot_be_answered_is_a_failure_and_not_an_answer() -> 
     asked = questions(30)
     bad = asked[7]
 
-    def script(body: Any) -> Reply | str:
+    def script(body: Mapping[str, Any]) -> Reply | str:
         text = body["messages"][-1]["content"]
         if all(DOCUMENTS[document] + "\n" in text for document in bad.documents) and QUERIES[bad.query] + "\n" in text:
             raise Fault("server", "HTTP 500")
