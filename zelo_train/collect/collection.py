@@ -86,12 +86,12 @@ class Collection:
 
         return replace(self, queries={id: replace(query, split=split(query)) for id, query in self.queries.items()})
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path | str) -> None:
         """Write it in BEIR layout: corpus.jsonl.gz, queries.jsonl.gz, qrels/*.tsv. Equal collections give equal bytes."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         _write_lines(folder / "corpus.jsonl.gz", (_document_row(document) for document in self.documents.values()))
         _write_lines(folder / "queries.jsonl.gz", (_query_row(query) for query in self.queries.values()))
-        (folder / "qrels").mkdir(exist_ok=True)
         for old in (folder / "qrels").glob("*.tsv"):
             old.unlink()
         by_split: dict[str, list[str]] = {}
@@ -100,6 +100,11 @@ class Collection:
             name: str = (query.split if query else None) or "all"
             lines = by_split.setdefault(name, ["query-id\tcorpus-id\tscore"])
             lines.extend(f"{id}\t{document}\t{grade}" for document, grade in grades.items())
+        # Without grades there is no folder: an empty one would be refused as such.
+        if by_split:
+            (folder / "qrels").mkdir(exist_ok=True)
+        elif (folder / "qrels").is_dir():
+            (folder / "qrels").rmdir()
         for name, lines in by_split.items():
             (folder / "qrels" / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
