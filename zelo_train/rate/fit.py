@@ -36,7 +36,7 @@ BATCH_NUMBERS = 500_000
 # Keeps P(1 − P) away from zero where F rounds to 0 or 1.
 LEAST_PROBABILITY = 1e-15
 MOST_STEPS = 100
-# Once steps are shorter than this, Newton's method takes over where Fisher scoring would only creep: 3 times as fast with flips.
+# Once steps are shorter than this, Newton's method takes over where Fisher scoring would creep: three times as fast with flips.
 NEAR = 0.3
 
 
@@ -303,7 +303,8 @@ def _information(batch: _Batch, fisher: Floats, prior: float) -> Floats:
     count, width = len(batch.queries), batch.width
     size = count * width
     low, high = np.minimum(batch.left, batch.right), np.maximum(batch.left, batch.right)
-    information: Floats = -np.bincount(high * width + low - batch.row * width, fisher, minlength=size * width)
+    at = high * width + low - batch.row * width
+    information: Floats = np.bincount(at, -fisher, minlength=size * width).astype(np.float64, copy=False)
     information.reshape(size, width)[np.arange(size), np.tile(np.arange(width), count)] = (
         np.bincount(batch.left, fisher, minlength=size) + np.bincount(batch.right, fisher, minlength=size) + prior
     )
