@@ -28,6 +28,8 @@ from zelo_train.store import JudgeIdentity, Store, Texts
 
 DOCUMENTS = {f"d{i}": f"document {i} is worth {i / 400:.4f}" for i in range(400)}
 QUERIES = {f"q{i}": f"query {i}" for i in range(10)}
+# A key in hexadecimal and a line feed.
+NOTE = 33
 
 
 def questions(count: int) -> list[Question]:
@@ -63,20 +65,30 @@ def ask(settings: dict[str, Any]) -> list[Judgment]:
         return ensemble.ask(questions(settings["questions"]))
 
 
+def size(notes: Path) -> int:
+    return notes.stat().st_size if notes.exists() else 0
+
+
 def main() -> None:
     settings = json.loads(sys.argv[1])
     draw = random.Random(2)
     killed_at_work = 0
+    notes = Path(settings["notes"])
     for _ in range(settings["kills"]):
         child = os.fork()
         if child == 0:
             ask(settings)
             os._exit(0)
-        time.sleep(draw.uniform(0.1, 0.4))
+        # Not after a time, which on a busy machine is none: after so many more answers, and a moment.
+        wanted = size(notes) + draw.randrange(40) * NOTE
+        patience = time.monotonic() + 10
+        while size(notes) < wanted and time.monotonic() < patience:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.02))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         killed_at_work += os.WIFSIGNALED(status)
-    noted = len(Path(settings["notes"]).read_text().split())
+    noted = len(notes.read_text().split())
     judgments = ask(settings)
     sys.stdout.write(
         json.dumps({"killed_at_work": killed_at_work, "noted": noted, "answered": sum(j.answered for j in judgments)})

@@ -93,7 +93,7 @@ def test_three_thousand_questions_a_hundred_in_flight_every_tenth_fails(tmp_path
 
 @pytest.mark.slow
 def test_forty_kills_lose_nothing_and_buy_nothing_twice(tmp_path: Path) -> None:
-    count = 2500
+    count = 2000
     with openai_server.running(delay=0.02) as server:
         settings = {
             "store": str(tmp_path / "answers.db"),
@@ -116,7 +116,7 @@ def test_forty_kills_lose_nothing_and_buy_nothing_twice(tmp_path: Path) -> None:
         stats = server.stats()
     told = json.loads(done.stdout)
     assert told["killed_at_work"] >= 30
-    assert told["noted"] > 100
+    assert told["noted"] > 300
     assert told["answered"] == count
     notes = (tmp_path / "notes").read_text().split()
     database = sqlite3.connect(tmp_path / "answers.db")
