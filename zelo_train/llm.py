@@ -244,7 +244,7 @@ class Endpoint:
         if self._open is None or self._open[0] is not loop:
             try:
                 import httpx2
-                from openai import AsyncOpenAI, DefaultAioHttpClient
+                from openai import AsyncOpenAI, DefaultAioHttpClient, Omit
             except ImportError as error:
                 msg = f"asking an endpoint needs the openai SDK ({error}); install it: pip install 'openai[aiohttp]>=3'"
                 raise MissingPackage(msg) from error
@@ -262,12 +262,16 @@ class Endpoint:
                 )
             except RuntimeError as error:
                 raise MissingPackage(str(error)) from error
+            # Taken from the environment by the SDK, and no other host's affair.
+            own: dict[str, Any] = {"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()}
+            unsaid = None if self.host == "api.openai.com" else own
             client = AsyncOpenAI(
                 base_url=self.base_url,
                 api_key=key,
                 # Retries are counted, paid and slowed down in one place only: Client.
                 max_retries=0,
                 http_client=transport,
+                default_headers=unsaid,
             )
             self._open = (loop, client, httpx2.Response)
         return self._open[1:]

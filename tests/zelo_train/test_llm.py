@@ -192,6 +192,16 @@ async def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatc
     assert "sesame" not in repr(vars(chat))
 
 
+async def test_other_hosts_are_not_told_what_is_openai_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "secret-of-another")
+    with openai_server.running() as server:
+        chat = Endpoint(server.base_url)
+        await chat.send(BODY)
+        await chat.aclose()
+        assert "secret-of-another" not in repr(server.stats()["headers"])
+
+
 async def test_too_long_is_final_and_free() -> None:
     with openai_server.running(context=3) as server:
         purse = Counted()
