@@ -222,6 +222,15 @@ def judge(
         Path | None, typer.Option(help="With --pilot: a person's filled-in sheet.", show_default="the collection's grades")
     ] = None,
     write_sheet: Annotated[Path | None, typer.Option(help="Write a .csv sheet of pairs for a person, and exit.")] = None,
+    write_batches: Annotated[
+        Path | None, typer.Option(help="Write the next round as files for a batch API into this folder, and exit.")
+    ] = None,
+    read_batches: Annotated[
+        list[Path] | None, typer.Option(help="Keep the answers in a batch API's output file, and exit; repeatable.")
+    ] = None,
+    drop_batches: Annotated[
+        bool, typer.Option("--drop-batches", help="Give up files that were not read back, and exit.")
+    ] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Ask again what a judge gave up on.")] = False,
     yes: Yes = False,
 ) -> None:
@@ -245,6 +254,23 @@ def judge(
         print(f"wrote {count} pairs to {write_sheet}: fill in `preferred` with left, right or tie, at least 100")
         return
     with _writing(workspace) as (opened, config):
+        if write_batches is not None:
+            what, files = pipeline.write_batches(opened, config, write_batches)
+            for file in files:
+                print(f"wrote {file.path}: {len(file.questions):,} questions of {what}")
+            if not files:
+                print(f"nothing to write: {what} is answered or under way; `zelo judge` asks what is left")
+            return
+        if drop_batches:
+            print(f"gave up {pipeline.drop_batches(opened)} batch files; what was reserved for them stays counted")
+            return
+        if read_batches:
+            missing = [path for path in read_batches if not path.is_file()]
+            if missing:
+                raise Mistake(f"{missing[0]} does not exist; expected a batch's output file")
+            final, left = pipeline.read_batches(opened, config, read_batches)
+            print(f"kept {final:,} answers; {left:,} questions must be asked again. Next: zelo judge --write-batches FOLDER")
+            return
         if pilot:
             confirm = _confirm(config, yes=yes)
             found = pipeline.pilot(opened, config, sheet=sheet, confirm=confirm, progress=_watched())

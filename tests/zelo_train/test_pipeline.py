@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -446,6 +447,60 @@ def test_queries_written_by_a_model(tmp_path: Path) -> None:
     made(tmp_path / "ws", **{**values, "collect.synthetic.writer": "nobody"})
     with pytest.raises(ConfigError, match="expected the name of a judge of kind openai \\(real\\)"):
         pipeline.collect(workspace, settings(workspace))
+
+
+def test_batches_round_after_round(tmp_path: Path) -> None:
+    """Files are written, answered by the server line by line as a provider would, and read back."""
+    collection(per_subject=6).write(tmp_path / "beir")
+    with openai_server.running() as server:
+        workspace = made(tmp_path / "ws", **{
+            "collect.source": str(tmp_path / "beir"), "collect.test_share": 0.0, "judge.cap": 5,
+            "judge.judges": [*endpoint(server.base_url), *SIMULATED[:1]],
+        })  # fmt: skip
+        config = settings(workspace)
+        pipeline.collect(workspace, config)
+
+        def provider(files: list[Any]) -> Path:
+            output = tmp_path / "output.jsonl"
+            with output.open("w") as lines:
+                for line in (line for file in files for line in file.path.read_text().splitlines()):
+                    asked = json.loads(line)
+                    body = json.dumps(asked["body"]).encode()
+                    request = urllib.request.Request(
+                        f"{server.base_url}/chat/completions", body, {"content-type": "application/json"}
+                    )
+                    with urllib.request.urlopen(request) as reply:
+                        response = {"status_code": 200, "body": json.load(reply)}
+                    lines.write(json.dumps({"custom_id": asked["custom_id"], "response": response, "error": None}) + "\n")
+            return output
+
+        rounds = []
+        while True:
+            what, files = pipeline.write_batches(workspace, config, tmp_path / "batches")
+            if not files:
+                break
+            assert pipeline.write_batches(workspace, config, tmp_path / "batches")[1] == [], "they are under way"
+            with pytest.raises(WorkspaceError, match="would be paid for twice"):
+                pipeline.judge(workspace, config)
+            with workspace.store() as store:
+                assert store.spent()[-1].reserved >= files[0].worst > 0
+            rounds.append(what)
+            output = provider(files)
+            assert pipeline.read_batches(workspace, config, [output]) == (sum(len(file.questions) for file in files), 0)
+            with pytest.raises(JudgeError, match="answer nothing that is under way"):
+                pipeline.read_batches(workspace, config, [output])
+        assert rounds == ["round 1 of 3", "round 2 of 3", "round 3 of 3", "grades"]
+        with workspace.store() as store:
+            assert sum(one.reserved for one in store.spent()) == 0
+            spent = store.outlay()
+        before, requests = answers(workspace), server.stats()["requests"]
+        pipeline.judge(workspace, config)
+        assert before <= answers(workspace)
+        # Only what batches do not ask: repeated questions, and those across queries.
+        assert 16 <= server.stats()["requests"] - requests < 30
+        with workspace.store() as store:
+            assert store.outlay() > spent > 0
+        pipeline.rate(workspace, config)
 
 
 def test_a_pilot_and_a_sheet(tmp_path: Path, beir: Path) -> None:
