@@ -353,7 +353,7 @@ def status(
         print(pipeline.SIMULATED)
     for one in states:
         figures = {**one.note.figures} if one.note else {}
-        shown = ", ".join(f"{value:,} {name}" for name, value in figures.items() if isinstance(value, int))
+        shown = ", ".join(f"{value:,} {name}" for name, value in figures.items() if isinstance(value, int) and "," not in name)
         print(f"{one.stage:8} {one.state:8} {one.note.finished if one.note else '':25} {shown}".rstrip())
         for reason in one.reasons:
             print(f"{'':8} {reason}")
