@@ -1,0 +1,384 @@
+"""The `zelo` command: one function per stage, and the shell's habits around them.
+
+Only what `zelo --help` needs is imported here; numpy and the rest come with the command that computes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from zelo_train.errors import ZeloError
+
+if TYPE_CHECKING:
+    from zelo_train.config import Config
+    from zelo_train.judge.ask import Departure
+    from zelo_train.store import Workspace
+
+FAILURE, INTERRUPTED, BROKEN_PIPE = 1, 128 + 2, 128 + 13
+
+app = typer.Typer(
+    name="zelo",
+    help="From documents and queries to a fine-tuned reranker.",
+    no_args_is_help=True,
+    add_completion=False,
+    # Plain help: quick to print, and no escape sequences in a pipe or a log.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class Mistake(Exception):
+    """What the user gave cannot be used; told in one line, without a traceback."""
+
+
+def main() -> None:
+    """Run the command of `sys.argv` and exit with its status."""
+    for stream in (sys.stdout, sys.stderr):
+        # A lone surrogate, or a terminal that knows no UTF-8: an escape sequence rather than a traceback.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    # Small matrices by the hundred thousand: more threads make them many times slower. Before numpy is loaded.
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    try:
+        try:
+            app(prog_name="zelo")
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        sys.exit(BROKEN_PIPE)
+
+
+def _discard_output() -> None:
+    """Point stdout at nothing, or the interpreter complains of the broken pipe once more at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command that fails as a shell expects: one message on stderr and a status."""
+
+    @functools.wraps(function)
+    def command(*arguments: Any, **options: Any) -> None:  # noqa: ANN401 - whatever the command takes
+        try:
+            with warnings.catch_warnings():
+                if not sys.warnoptions:
+                    warnings.simplefilter("ignore")
+                function(*arguments, **options)
+            sys.stdout.flush()
+        except (Mistake, ZeloError) as error:
+            _say(str(error))
+            raise typer.Exit(FAILURE) from None
+        except KeyboardInterrupt:
+            _say("interrupted; what was done is kept: run the same command again to go on")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            _discard_output()
+            raise typer.Exit(BROKEN_PIPE) from None
+
+    return app.command()(command)
+
+
+def _say(message: str) -> None:
+    print(f"zelo: {message}", file=sys.stderr, flush=True)
+
+
+def _print_version(*, wanted: bool) -> None:
+    if wanted:
+        try:
+            own = version("zerank-integrations")
+        except PackageNotFoundError:
+            own = "not installed"
+        print(f"zerank-integrations {own} (Python {sys.version.split()[0]})")
+        raise typer.Exit
+
+
+@app.callback()
+def _zelo(
+    *,
+    _version: Annotated[
+        bool, typer.Option("--version", help="Show the versions and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """From documents and queries to a fine-tuned reranker: collect, judge, rate."""
+
+
+Folder = Annotated[Path, typer.Option("--workspace", "-w", help="The folder with zelo.yaml.", show_default="here")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Send texts to the judges' hosts without asking.")]
+
+HERE = Path()
+
+
+def _open(folder: Path) -> tuple[Workspace, Config]:
+    """A workspace and its settings."""
+    from zelo_train.config import read
+    from zelo_train.store import Workspace
+
+    workspace = Workspace(folder)
+    return workspace, read(workspace.settings)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[tuple[Workspace, Config]]:
+    """The same, with nobody else writing."""
+    workspace, config = _open(folder)
+    with workspace.lock():
+        yield workspace, config
+
+
+def _watched() -> bool:
+    """Whether somebody sees bars."""
+    return sys.stderr.isatty()
+
+
+def _confirm(config: Config, *, yes: bool) -> Callable[[Sequence[Departure]], bool]:
+    """Tells what would leave this machine, and asks."""
+
+    def confirm(leaving: Sequence[Departure]) -> bool:
+        for one in leaving:
+            _say(f"texts go to {one.line(config.judge.currency)}")
+        if yes:
+            return True
+        if not sys.stdin.isatty():
+            raise Mistake("texts would leave this machine and nobody can be asked; expected a terminal, or --yes")
+        return typer.confirm("zelo: send them?", default=False, err=True)
+
+    return confirm
+
+
+@_command
+def init(
+    *,
+    folder: Annotated[Path, typer.Argument(help="Made if it does not exist.")] = HERE,
+    source: Annotated[
+        str | None, typer.Option("--source", "-s", help="A BEIR folder or a folder of texts.", show_default="embedded")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing zelo.yaml.")] = False,
+) -> None:
+    """Write a zelo.yaml with every setting, its meaning and its default.
+
+    Without --source it uses the collection inside the package and simulated judges, so that all stages run offline.
+    """
+    from zelo_train.config import template
+    from zelo_train.store import SETTINGS, write_whole
+
+    path = folder / SETTINGS
+    if path.exists() and not force:
+        raise Mistake(f"{path} is there already; expected a new workspace. Replace it with --force")
+    if source is None:
+        # Three that differ, as an ensemble does.
+        simulated = [{"name": f"simulated-{n}", "kind": "simulated", "accuracy": n} for n in (90, 80, 70)]
+        values: dict[str, Any] = {"judge.judges": simulated}
+        told = "the embedded collection with judges simulated from its qrels: for trying, not for training"
+    else:
+        found = Path(source).expanduser()
+        if not found.is_dir():
+            raise Mistake(f"{source} is no folder; expected a BEIR folder or a folder of texts")
+        # Relative paths in zelo.yaml start from it, not from where this command runs.
+        values = {"collect.source": str(found.resolve())}
+        told = f"{source}; name your judges under judge.judges"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, template(values))
+    except OSError as error:
+        raise Mistake(f"{path} cannot be written: {error.strerror}") from None
+    where = "" if folder == HERE else f" -w {folder}"
+    print(f"wrote {path}: {told}\nnext: zelo collect{where}")
+
+
+@_command
+def collect(
+    *,
+    workspace: Folder = HERE,
+    again: Annotated[bool, typer.Option("--again", help="Even if nothing has changed.")] = False,
+    yes: Yes = False,
+) -> None:
+    """Read documents and queries, check them, find candidates."""
+    from zelo_train import pipeline
+
+    with _writing(workspace) as (opened, config):
+        _, report = pipeline.collect(opened, config, again=again, progress=_watched(), confirm=_confirm(config, yes=yes))
+    print(report, end="")
+
+
+@_command
+def judge(
+    *,
+    workspace: Folder = HERE,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Tell calls, tokens, money and time; ask nothing.")] = False,
+    show_prompt: Annotated[bool, typer.Option("--show-prompt", help="Print what judges read, and exit.")] = False,
+    pilot: Annotated[bool, typer.Option("--pilot", help="Ask pairs of known order only, and tell whether to go on.")] = False,
+    sheet: Annotated[
+        Path | None, typer.Option(help="With --pilot: a person's filled-in sheet.", show_default="the collection's grades")
+    ] = None,
+    write_sheet: Annotated[Path | None, typer.Option(help="Write a .csv sheet of pairs for a person, and exit.")] = None,
+    write_batches: Annotated[
+        Path | None, typer.Option(help="Write the next round as files for a batch API into this folder, and exit.")
+    ] = None,
+    read_batches: Annotated[
+        list[Path] | None, typer.Option(help="Keep the answers in a batch API's output file, and exit; repeatable.")
+    ] = None,
+    drop_batches: Annotated[
+        bool, typer.Option("--drop-batches", help="Give up files that were not read back, and exit.")
+    ] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Ask again what a judge gave up on.")] = False,
+    yes: Yes = False,
+) -> None:
+    """Ask the judges. A run that was stopped goes on where it was.
+
+    Before the first text leaves this machine, host, volume and money are named and confirmed. judge.cap is never passed.
+    """
+    from zelo_train import pipeline
+
+    if show_prompt:
+        from zelo_train.judge.prompt import Prompts
+
+        _, config = _open(workspace)
+        print(Prompts.read(config.judge.criterion).preview())
+        return
+    if sheet is not None and not pilot:
+        raise typer.BadParameter("it goes with --pilot", param_hint="--sheet")
+    if write_sheet is not None:
+        opened, config = _open(workspace)
+        count = pipeline.write_sheet(opened, config, write_sheet)
+        print(f"wrote {count} pairs to {write_sheet}: fill in `preferred` with left, right or tie, at least 100")
+        return
+    with _writing(workspace) as (opened, config):
+        if write_batches is not None:
+            what, files = pipeline.write_batches(opened, config, write_batches)
+            for file in files:
+                print(f"wrote {file.path}: {len(file.questions):,} questions of {what}")
+            if not files:
+                print(f"nothing to write: {what} is answered or under way; `zelo judge` asks what is left")
+            return
+        if drop_batches:
+            print(f"gave up {pipeline.drop_batches(opened)} batch files; what was reserved for them stays counted")
+            return
+        if read_batches:
+            missing = [path for path in read_batches if not path.is_file()]
+            if missing:
+                raise Mistake(f"{missing[0]} does not exist; expected a batch's output file")
+            final, left = pipeline.read_batches(opened, config, read_batches)
+            print(f"kept {final:,} answers; {left:,} questions must be asked again. Next: zelo judge --write-batches FOLDER")
+            return
+        if pilot:
+            confirm = _confirm(config, yes=yes)
+            found = pipeline.pilot(opened, config, sheet=sheet, confirm=confirm, progress=_watched())
+            print("\n".join(found.lines(config.judge.currency)))
+            if found.advice != "proceed":
+                raise typer.Exit(FAILURE)
+            return
+        if estimate:
+            from zelo_train.cost import table
+
+            estimates, leaving = pipeline.outlook(opened, config)
+            for line in table(estimates, config.judge.currency):
+                print(line)
+            for one in leaving:
+                print(f"leaves this machine: {one.line(config.judge.currency)}")
+            return
+        _, report = pipeline.judge(
+            opened, config, confirm=_confirm(config, yes=yes), retry=retry, progress=_watched(), say=_say
+        )
+    print(report, end="")
+
+
+@_command
+def rate(*, workspace: Folder = HERE) -> None:
+    """Turn answers into ratings and targets."""
+    from zelo_train import pipeline
+
+    with _writing(workspace) as (opened, config):
+        _, report = pipeline.rate(opened, config)
+    print(report, end="")
+
+
+@_command
+def status(
+    *, workspace: Folder = HERE, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
+) -> None:
+    """Show what is done, what is stale, who writes, and money spent."""
+    from zelo_train import pipeline
+    from zelo_train.cost import millionths, money
+    from zelo_train.store import Spend
+
+    opened, config = _open(workspace)
+    states = pipeline.status(opened, config)
+    counts: dict[Any, int] = {}
+    spent: list[Spend] = []
+    if opened.has_answers:
+        with opened.store() as store:
+            counts, spent = store.counts(), store.spent()
+    holder = opened.holder() if opened.locked else None
+    settled, reserved = sum(one.settled for one in spent), sum(one.reserved for one in spent)
+    cap = None if config.judge.cap is None else millionths(config.judge.cap)
+    simulated = any(one.note is not None and one.note.simulated for one in states)
+    if as_json:
+        stages = {
+            one.stage: {
+                "state": one.state,
+                "reasons": one.reasons,
+                "finished": one.note.finished if one.note else None,
+                "figures": one.note.figures if one.note else {},
+            }
+            for one in states
+        }
+        answers = [
+            {"judge": name, "kind": kind.value, "status": status.value, "count": count}
+            for (name, kind, status), count in counts.items()
+        ]
+        found = {
+            "simulated": simulated,
+            "stages": stages,
+            "answers": answers,
+            "spent": settled,
+            "reserved": reserved,
+            "cap": cap,
+            "currency": config.judge.currency,
+            "writer": str(holder) if holder else None,
+        }
+        print(json.dumps(found, indent=1))
+        return
+    if simulated:
+        print(pipeline.SIMULATED)
+    for one in states:
+        figures = {**one.note.figures} if one.note else {}
+        shown = ", ".join(f"{value:,} {name}" for name, value in figures.items() if isinstance(value, int) and "," not in name)
+        print(f"{one.stage:8} {one.state:8} {one.note.finished if one.note else '':25} {shown}".rstrip())
+        for reason in one.reasons:
+            print(f"{'':8} {reason}")
+    for (name, kind, status), count in counts.items():
+        print(f"answers  {name}: {count:,} {kind.value}, {status.value}")
+    limit = f" of {money(cap, config.judge.currency)}" if cap is not None else f" {config.judge.currency}, no cap"
+    print(f"spent    {money(settled)}{limit}")
+    if reserved and holder is None:
+        print(
+            f"         {money(reserved, config.judge.currency)} more were under way when a run died, and may have been charged"
+        )
+    if holder is not None:
+        print(f"writing  {holder}")
+
+
+@_command
+def answers(
+    *,
+    path: Annotated[Path, typer.Argument(help="A .parquet file; replaced.")],
+    workspace: Folder = HERE,
+) -> None:
+    """Write all answers to a Parquet file, one row each."""
+    from zelo_train import pipeline
+
+    opened, _ = _open(workspace)
+    with opened.store() as store:
+        count = store.export(path, pipeline.names(opened))
+    print(f"wrote {count:,} answers to {path}")
