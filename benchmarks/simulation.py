@@ -6,8 +6,6 @@ Judges are simulated from the very qrels that measure them: the figures show how
 not how well any judge would do. Candidates are BM25's best 100.
 """
 
-# ruff: noqa: T201 (printing is what it does)
-
 from __future__ import annotations
 
 import argparse

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -301,6 +301,22 @@ def rate(*, workspace: Folder = HERE) -> None:
     with _writing(workspace) as (opened, config):
         _, report = pipeline.rate(opened, config)
     print(report, end="")
+
+
+@_command
+def simulate(
+    *,
+    table: Annotated[
+        Literal["pairs", "orders", "soft", "lists", "judges", "coverage", "calibration", "weights", "all"],
+        typer.Option(help="Which table to print."),
+    ] = "all",
+    queries: Annotated[int, typer.Option(min=2, help="Simulated queries of 100 documents.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+) -> None:
+    """Print what the defaults rest on: pair designs, judge terms, calibration, under simulated judges."""
+    from zelo_train import simulate
+
+    simulate.show(table, queries, seed)
 
 
 @_command

@@ -5,7 +5,7 @@ over queries. They support claims about estimators under stated noise, never abo
 """
 
 # Formulas are written as the paper writes them; printing is what a command does.
-# ruff: noqa: RUF001, RUF003, T201
+# ruff: noqa: RUF001, RUF003
 
 from __future__ import annotations
 
@@ -670,6 +670,15 @@ TABLES: dict[str, Callable[[int, int], list[Table]]] = {
 }
 
 
+def show(table: str, queries: int, seed: int) -> None:
+    """Print a table, or "all" of them."""
+    print(FIRST_LINE)
+    print(f"{queries} queries of 100 documents, seed {seed}; ± is the standard error over queries.")
+    for name in TABLES if table == "all" else (table,):
+        for found in TABLES[name](queries, seed):
+            print(f"\n{found}", flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: prints the tables asked for, all of them by default."""
     parser = argparse.ArgumentParser(prog="python -m zelo_train.simulate", description=(__doc__ or "").split("\n")[0])
@@ -677,11 +686,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--queries", type=int, default=100, help="simulated queries of 100 documents (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default 0)")
     chosen = parser.parse_args(arguments)
-    print(FIRST_LINE)
-    print(f"{chosen.queries} queries of 100 documents, seed {chosen.seed}; ± is the standard error over queries.")
-    for name in TABLES if chosen.table == "all" else (chosen.table,):
-        for table in TABLES[name](chosen.queries, chosen.seed):
-            print(f"\n{table}", flush=True)
+    show(chosen.table, chosen.queries, chosen.seed)
     return 0
 
 

@@ -262,3 +262,11 @@ def test_the_page_names_every_setting_of_collect() -> None:
     for name, field in Config.model_fields["collect"].annotation.model_fields.items():  # type: ignore[union-attr]
         assert f"`{name}`" in page, name
         assert field.description
+
+
+def test_simulate_prints_a_table_and_says_that_it_is_simulated() -> None:
+    found = run("simulate", "--table", "weights", "--queries", 4)
+    assert found.exit_code == 0
+    assert "simulated" in found.stdout.splitlines()[0]
+    assert "±" in found.stdout
+    assert run("simulate", "--table", "none").exit_code == 2
