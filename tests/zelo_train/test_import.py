@@ -65,6 +65,7 @@ def test_the_mathematics_needs_numpy_and_scipy_only(room: str) -> None:
 
 
 def test_help_brings_nothing_heavy() -> None:
-    code = "import sys; import zelo_train.cli; print([m for m in ('torch', 'transformers', 'numpy', 'openai') if m in sys.modules])"
+    heavy = ("torch", "transformers", "numpy", "openai")
+    code = f"import sys; import zelo_train.cli; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
