@@ -212,8 +212,10 @@ def test_a_failed_load_is_tried_again(tiny_causal_lm: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork, so nothing is inherited through one")
-def test_a_forked_child_scores_with_a_worker_of_its_own(tiny_causal_lm: Path) -> None:
+def test_a_forked_child_scores_with_a_worker_of_its_own(tiny_causal_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parent forks while its worker is busy and its locks are in use; the child must neither hang nor score wrongly."""
+    # As some libraries set it: then the tokenizer does not notice by itself that its threads are gone.
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     reranker = Reranker(**options(tiny_causal_lm), token_budget=512)
     expected = reranker.rank("q", DOCUMENTS[:10])
     stop = threading.Event()

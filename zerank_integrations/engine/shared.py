@@ -189,6 +189,8 @@ class Handle:
 def _after_fork_in_child() -> None:
     global _lock
     _lock = threading.RLock()
+    # The threads that tokenizers encodes batches with are the parent's: asked for in a child, they are waited for in vain.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for shared in _shared.values():
         shared.after_fork()
 
