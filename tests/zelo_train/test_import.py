@@ -25,6 +25,16 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Neighbours on one floor that may see each other, with the reason.
 BESIDE = {("llm", "cost")}  # a client knows the price of a token
 
+# The same inside the pipeline: a file imports from rows above its own, and the package itself shows them all.
+PIPELINE = (
+    {"stages"},
+    {"judges"},
+    {"collect"},
+    {"judge"},
+    {"batches", "pilot", "rate"},
+    {"__init__"},
+)
+
 
 def room(path: Path) -> str:
     parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -51,6 +61,17 @@ def test_imports_point_downward(path: Path) -> None:
     assert own in FLOOR, f"{own} is new: give it a floor"
     for other in imported(path) - {own}:
         assert FLOOR[other] < FLOOR[own] or (own, other) in BESIDE, f"{own} imports {other}"
+
+
+def test_each_stage_imports_only_those_before_it() -> None:
+    row = {name: number for number, names in enumerate(PIPELINE) for name in names}
+    files = {path.stem: path for path in (PACKAGE / "pipeline").glob("*.py")}
+    assert set(row) == set(files)
+    for name, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("zelo_train.pipeline"):
+                other = node.module.removeprefix("zelo_train.pipeline").lstrip(".") or "__init__"
+                assert row[other] < row[name], f"{name} imports {other}"
 
 
 @pytest.mark.parametrize("room", ["rate", "judge/pairs.py", "evaluate/metrics.py"])
