@@ -1,116 +1,44 @@
-"""The `zelo` command: one function per stage, and the shell's habits around them.
+"""The `zelo` command: one function per stage, and what looks at the workspace.
 
 Only what `zelo --help` needs is imported here; numpy and the rest come with the command that computes.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from zelo_train.errors import ZeloError
+from zerank_integrations.errors import ZerankError
+from zerank_integrations.shell import FAILURE, Mistake, Shell
 
 if TYPE_CHECKING:
     from zelo_train.config import Config
     from zelo_train.judge.ask import Departure
     from zelo_train.store import Workspace
 
-FAILURE, INTERRUPTED, BROKEN_PIPE = 1, 128 + 2, 128 + 13
-
-app = typer.Typer(
-    name="zelo",
-    help="From documents and queries to a fine-tuned reranker.",
-    no_args_is_help=True,
-    add_completion=False,
-    # Plain help: quick to print, and no escape sequences in a pipe or a log.
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
+shell = Shell(
+    "zelo",
+    "From documents and queries to calibrated labels: collect, judge, rate.",
+    failures=[ZeloError, ZerankError],
+    interrupted="interrupted; what was done is kept: run the same command again to go on",
 )
-
-
-class Mistake(Exception):
-    """What the user gave cannot be used; told in one line, without a traceback."""
+app = shell.app
 
 
 def main() -> None:
     """Run the command of `sys.argv` and exit with its status."""
-    for stream in (sys.stdout, sys.stderr):
-        # A lone surrogate, or a terminal that knows no UTF-8: an escape sequence rather than a traceback.
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     # Small matrices by the hundred thousand: more threads make them many times slower. Before numpy is loaded.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
-    try:
-        try:
-            app(prog_name="zelo")
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        _discard_output()
-        sys.exit(BROKEN_PIPE)
-
-
-def _discard_output() -> None:
-    """Point stdout at nothing, or the interpreter complains of the broken pipe once more at its exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command that fails as a shell expects: one message on stderr and a status."""
-
-    @functools.wraps(function)
-    def command(*arguments: Any, **options: Any) -> None:  # noqa: ANN401 - whatever the command takes
-        try:
-            with warnings.catch_warnings():
-                if not sys.warnoptions:
-                    warnings.simplefilter("ignore")
-                function(*arguments, **options)
-            sys.stdout.flush()
-        except (Mistake, ZeloError) as error:
-            _say(str(error))
-            raise typer.Exit(FAILURE) from None
-        except KeyboardInterrupt:
-            _say("interrupted; what was done is kept: run the same command again to go on")
-            raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            _discard_output()
-            raise typer.Exit(BROKEN_PIPE) from None
-
-    return app.command()(command)
-
-
-def _say(message: str) -> None:
-    print(f"zelo: {message}", file=sys.stderr, flush=True)
-
-
-def _print_version(*, wanted: bool) -> None:
-    if wanted:
-        try:
-            own = version("zerank-integrations")
-        except PackageNotFoundError:
-            own = "not installed"
-        print(f"zerank-integrations {own} (Python {sys.version.split()[0]})")
-        raise typer.Exit
-
-
-@app.callback()
-def _zelo(
-    *,
-    _version: Annotated[
-        bool, typer.Option("--version", help="Show the versions and exit.", is_eager=True, callback=_print_version)
-    ] = False,
-) -> None:
-    """From documents and queries to a fine-tuned reranker: collect, judge, rate."""
+    shell.main()
 
 
 Folder = Annotated[Path, typer.Option("--workspace", "-w", help="The folder with zelo.yaml.", show_default="here")]
@@ -146,7 +74,7 @@ def _confirm(config: Config, *, yes: bool) -> Callable[[Sequence[Departure]], bo
 
     def confirm(leaving: Sequence[Departure]) -> bool:
         for one in leaving:
-            _say(f"texts go to {one.line(config.judge.currency)}")
+            shell.say(f"texts go to {one.line(config.judge.currency)}")
         if yes:
             return True
         if not sys.stdin.isatty():
@@ -156,7 +84,7 @@ def _confirm(config: Config, *, yes: bool) -> Callable[[Sequence[Departure]], bo
     return confirm
 
 
-@_command
+@shell.command
 def init(
     *,
     folder: Annotated[Path, typer.Argument(help="Made if it does not exist.")] = HERE,
@@ -196,7 +124,7 @@ def init(
     print(f"wrote {path}: {told}\nnext: zelo collect{where}")
 
 
-@_command
+@shell.command
 def collect(
     *,
     workspace: Folder = HERE,
@@ -211,7 +139,7 @@ def collect(
     print(report, end="")
 
 
-@_command
+@shell.command
 def judge(
     *,
     workspace: Folder = HERE,
@@ -288,12 +216,12 @@ def judge(
                 print(f"leaves this machine: {one.line(config.judge.currency)}")
             return
         _, report = pipeline.judge(
-            opened, config, confirm=_confirm(config, yes=yes), retry=retry, progress=_watched(), say=_say
+            opened, config, confirm=_confirm(config, yes=yes), retry=retry, progress=_watched(), say=shell.say
         )
     print(report, end="")
 
 
-@_command
+@shell.command
 def rate(*, workspace: Folder = HERE) -> None:
     """Turn answers into ratings and targets."""
     from zelo_train import pipeline
@@ -303,7 +231,7 @@ def rate(*, workspace: Folder = HERE) -> None:
     print(report, end="")
 
 
-@_command
+@shell.command
 def simulate(
     *,
     table: Annotated[
@@ -319,7 +247,7 @@ def simulate(
     simulate.show(table, queries, seed)
 
 
-@_command
+@shell.command
 def status(
     *, workspace: Folder = HERE, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
 ) -> None:
@@ -385,7 +313,7 @@ def status(
         print(f"writing  {holder}")
 
 
-@_command
+@shell.command
 def answers(
     *,
     path: Annotated[Path, typer.Argument(help="A .parquet file; replaced.")],

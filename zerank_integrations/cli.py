@@ -1,35 +1,30 @@
-"""The `zerank` command: one function per command, and the shell's habits around them.
+"""The `zerank` command: one function per command.
 
 Only what `zerank --help` needs is imported here; torch comes with the command that scores.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import shutil
 import sys
 import unicodedata
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from zerank_integrations.checkpoints import DEFAULT, known
 from zerank_integrations.errors import ZerankError, ZerankWarning
+from zerank_integrations.shell import FAILURE, Mistake, Shell
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
     from zerank_integrations.ranked import Ranked, RankedDocument
-
-FAILURE, INTERRUPTED, BROKEN_PIPE = 1, 128 + 2, 128 + 13
 
 # Below this a bar would come and go faster than it can be read.
 MUCH = 50
@@ -38,111 +33,13 @@ MIB = 2**20
 
 JSON_LINES = (".jsonl", ".ndjson")
 
-app = typer.Typer(
-    name="zerank",
-    help="Score and rank documents with the zerank rerankers.",
-    no_args_is_help=True,
-    add_completion=False,
-    # Plain help: quick to print, and no escape sequences in a pipe or a log.
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
+shell = Shell(
+    "zerank",
+    "Score and rank documents with the zerank rerankers.",
+    failures=[ZerankError],
+    shown=ZerankWarning,
 )
-
-
-class Mistake(Exception):
-    """What the user gave cannot be used; told in one line, without a traceback."""
-
-
-def main() -> None:
-    """Run the command of `sys.argv` and exit with its status."""
-    _open_streams()
-    _quieten()
-    try:
-        try:
-            app(prog_name="zerank")
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        _discard_output()
-        sys.exit(BROKEN_PIPE)
-
-
-def _open_streams() -> None:
-    """A stream that the shell closed (`<&-`) is None, which nothing that reads or writes expects."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - it lives as long as the process
-
-
-def _quieten() -> None:
-    """What other libraries say on their own account is kept off; their bars only show where someone watches."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for stream in (sys.stdout, sys.stderr):
-        # A lone surrogate, or a terminal that knows no UTF-8: an escape sequence rather than a traceback.
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-
-
-def _discard_output() -> None:
-    """Point stdout at nothing, or the interpreter complains of the broken pipe once more at its exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command that fails as a shell expects: one line on stderr and a status."""
-
-    @functools.wraps(function)
-    def command(*arguments: Any, **options: Any) -> None:  # noqa: ANN401 - whatever the command takes
-        try:
-            with warnings.catch_warnings():
-                if not sys.warnoptions:
-                    warnings.simplefilter("ignore")
-                    warnings.simplefilter("always", ZerankWarning)
-                    warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
-                function(*arguments, **options)
-            sys.stdout.flush()
-        except (Mistake, ZerankError) as error:
-            _say(str(error))
-            raise typer.Exit(FAILURE) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            _discard_output()
-            raise typer.Exit(BROKEN_PIPE) from None
-        except OSError as error:
-            _discard_output()
-            _say(f"the output cannot be written: {error.strerror}")
-            raise typer.Exit(FAILURE) from None
-
-    return app.command()(command)
-
-
-def _say(message: str) -> None:
-    print(f"zerank: {message}", file=sys.stderr)
-
-
-def _print_version(*, wanted: bool) -> None:
-    if wanted:
-        brought = []
-        for package in ("torch", "transformers"):
-            try:
-                brought.append(f"{package} {version(package)}")
-            except PackageNotFoundError:
-                brought.append(f"no {package}")
-        python = f"Python {sys.version.split()[0]}"
-        print(f"zerank-integrations {version('zerank-integrations')} ({', '.join([*brought, python])})")
-        raise typer.Exit
-
-
-@app.callback()
-def _zerank(
-    *,
-    _version: Annotated[
-        bool, typer.Option("--version", help="Show the versions and exit.", is_eager=True, callback=_print_version)
-    ] = False,
-) -> None:
-    """Score and rank documents with the zerank rerankers."""
+app, main = shell.app, shell.main
 
 
 # Options that several commands share
@@ -158,7 +55,7 @@ Dtype = Annotated[
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Never ask the Hub.")]
 
 
-@_command
+@shell.command
 def rank(
     *,
     files: Annotated[
@@ -247,10 +144,10 @@ def rank(
         for line in _table(ranked, documents):
             print(line)
         if not ranked and threshold is not None and top_k != 0:
-            _say(f"none of {len(documents)} documents has relevance {threshold:g} or more")
+            shell.say(f"none of {len(documents)} documents has relevance {threshold:g} or more")
 
 
-@_command
+@shell.command
 def check(
     *,
     model: Annotated[str, typer.Argument(metavar="MODEL|FOLDER", help="Hub id, folder, or zelo-mini.")] = DEFAULT,
@@ -304,7 +201,7 @@ def check(
         raise typer.Exit(FAILURE)
 
 
-@_command
+@shell.command
 def bench(
     *,
     model: Annotated[str, typer.Argument(metavar="MODEL|FOLDER", help="Hub id, folder, or zelo-mini.")] = DEFAULT,
@@ -544,4 +441,4 @@ def _shortened(text: str, room: int) -> str:
 def _notice(model: str) -> None:
     checkpoint = known(model)
     if checkpoint is not None and checkpoint.notice is not None:
-        _say(checkpoint.notice)
+        shell.say(checkpoint.notice)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from zelo_train.records import Document, Query
 from zelo_train.store import Workspace
 
 ROOT = Path(__file__).parents[2]
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full device")
 WORDS = ["amber", "birch", "coral", "dune"]
 
 
@@ -215,6 +217,49 @@ finally:
     result = zelo("status", "-w", tmp_path)
     assert (result.returncode, result.stdout) == (1, "")
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell that closes streams")
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        ("status <&-", 0, ""),
+        ("status >&-", 0, ""),
+        ("status 2>&-", 0, ""),
+        ("judge --yes <&- >&- 2>&-", 1, ""),
+        pytest.param("status > /dev/full", 1, "zelo: the output cannot be written: No space left", marks=FULL),
+        pytest.param("--help > /dev/full", 1, "zelo: the output cannot be written: No space left", marks=FULL),
+        pytest.param("judge --yes 2> /dev/full", 1, "", marks=FULL),
+    ],
+)
+def test_closed_and_full_streams_are_no_traceback(folder: Path, arguments: str, status: int, said: str) -> None:
+    command = shlex.join([sys.executable, "-m", "zelo_train"])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["sh", "-c", f"{command} {arguments}"], cwd=folder, capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (status, False), done.stderr
+    assert done.stderr.startswith(said)
+    assert said or not done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell's pipes")
+def test_a_reader_that_went_away_is_no_failure_of_ours(folder: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "zelo_train", "judge", "-w", str(folder), "--show-prompt"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stdout
+        process.stdout.close()
+        process.stdout = None
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (141, b"")
+
+
+def test_a_file_that_cannot_be_written_is_named(folder: Path) -> None:
+    run("collect", "-w", folder)
+    result = run("judge", "-w", folder, "--write-sheet", folder / "none" / "sheet.csv")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"zelo: {folder / 'none' / 'sheet.csv'}: No such file or directory\n"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

@@ -28,7 +28,8 @@ HEAVY = (
 DIRECTION: dict[str, set[str]] = {
     "__init__": {"checkpoints", "errors", "ranked", "relevance", "reranker"},
     "__main__": {"cli"},
-    "cli": {"bench", "check", "checkpoints", "embedded.collection", "errors", "ranked", "reranker"},
+    "cli": {"bench", "check", "checkpoints", "embedded.collection", "errors", "ranked", "reranker", "shell"},
+    "shell": set(),
     "bench": {"reranker"},
     "check": {"checkpoints", "errors", "loading", "prompt", "relevance", "reranker", "engine.forward", "engine.shared"},
     "llama_index": {"checkpoints", "errors", "ranked", "reranker"},
