@@ -31,7 +31,7 @@ check: install ## style, types, import direction
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/zerank_integrations/test_import.py
+	$(BIN)/python -m pytest -q tests/zerank_integrations/test_import.py tests/zelo_train/test_import.py
 
 format: install ## lay the code out as `make check` wants it
 	$(BIN)/ruff check --fix
