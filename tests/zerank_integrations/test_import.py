@@ -65,6 +65,7 @@ DIRECTION: dict[str, set[str]] = {
     "errors": set(),
     "embedded.__init__": {"embedded.collection"},
     "embedded.collection": set(),
+    "embedded.docstrings": set(),
 }
 
 
