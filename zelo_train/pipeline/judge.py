@@ -279,23 +279,33 @@ class Judging:
         self.store.put_plans(GRADES, made, self.inputs)
         return {**known, **{query: tuple(questions) for query, questions in made.items()}}
 
-    def cross_plan(self, ratings: Ratings, queries: Sequence[str]) -> tuple[Question, ...]:
-        """The questions across these queries; stored before any is asked."""
+    def cross_plan(self, ratings: Ratings) -> tuple[Question, ...]:
+        """The questions across queries; stored before any is asked."""
         from zelo_train.judge.pairs import cross_pairs
 
-        inputs = digest("cross", *(self.inputs[query] for query in sorted(queries))).hex()
-        known = self.store.plan("", CROSS, inputs)
+        known = self.cross_stored(ratings)
         if known is None:
-            ranked = [(query, [one.document for one in ratings.of(query)]) for query in queries]
+            ranked = [(query, [one.document for one in ratings.of(query)]) for query in self._crossed(ratings)]
             known = tuple(cross_pairs(ranked, seed=self.config.judge.pairs.seed))
-            self.store.put_plans(CROSS, {"": known}, {"": inputs})
+            self.store.put_plans(CROSS, {"": known}, {"": self._cross_inputs(ratings)})
         return known
+
+    def cross_stored(self, ratings: Ratings) -> tuple[Question, ...] | None:
+        """The questions across the queries that are rated now, if they were planned."""
+        return self.store.plan("", CROSS, self._cross_inputs(ratings))
+
+    def _cross_inputs(self, ratings: Ratings) -> str:
+        return digest("cross", *(self.inputs[query] for query in sorted(self._crossed(ratings)))).hex()
+
+    def _crossed(self, ratings: Ratings) -> list[str]:
+        """All queries where pairs across them calibrate, else the few that audit the grades."""
+        return list(ratings.answers.queries) if self.config.rate.calibration == "cross" else self.audited(ratings)
 
     def audited(self, ratings: Ratings) -> list[str]:
         """The few queries that are calibrated both ways."""
         queries = list(ratings.answers.queries)
         count = max(AUDITED_LEAST, round(AUDITED_SHARE * len(queries)))
-        return sorted(queries, key=lambda query: digest("audited", query))[:count]
+        return sorted(sorted(queries, key=lambda query: digest("audited", query))[:count])
 
 
 def _ranks(n: int) -> tuple[int, ...]:
@@ -383,10 +393,9 @@ def judge(
                 seed=config.rate.seed,
             )
             graded = judging.grade_plan(ratings)
-            few = set(judging.audited(ratings))
-            by_cross = config.rate.calibration == "cross"
-            grades = [one for query, listed in graded.items() if not by_cross or query in few for one in listed]
-            across = judging.cross_plan(ratings, list(ratings.answers.queries) if by_cross else sorted(few))
+            wanted = graded if config.rate.calibration == "grades" else judging.audited(ratings)
+            grades = [one for query in wanted for one in graded.get(query, ())]
+            across = judging.cross_plan(ratings)
             say(f"grades: {len(grades):,} questions; across queries: {len(across):,}, to each judge")
             judgments += ensemble.ask([*grades, *across], confirmed=confirmed, progress=progress)
         found = report(judgments, material.length, cut=ensemble.cut, reasons=ensemble.reasons)

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 from zelo_train.config import Config
 from zelo_train.pipeline.collect import collected
-from zelo_train.pipeline.judge import CROSS, GRADES, Judging
+from zelo_train.pipeline.judge import GRADES, Judging
 from zelo_train.pipeline.stages import SIMULATED, rate_inputs
-from zelo_train.records import Judgment
-from zelo_train.store import Stage, Workspace, digest, write_whole
+from zelo_train.store import Stage, Workspace, write_whole
 
 if TYPE_CHECKING:
-    from zelo_train.rate import Calibration, Ratings
+    from zelo_train.rate import Calibration
 
 
 def rate(workspace: Workspace, config: Config) -> tuple[Stage, str]:
@@ -43,7 +42,8 @@ def rate(workspace: Workspace, config: Config) -> tuple[Stage, str]:
         )
         graded = [question for listed in judging.stored(GRADES).values() for question in listed]
         found = [one for judge in judging.judges for one in judging.answers(judge, graded)]
-        across = _cross_judgments(judging, ratings)
+        crossed = judging.cross_stored(ratings) or ()
+        across = [one for judge in judging.judges for one in judging.answers(judge, crossed)]
         notes = []
         calibration: Calibration
         if section.calibration == "none":
@@ -79,12 +79,3 @@ def rate(workspace: Workspace, config: Config) -> tuple[Stage, str]:
     write_whole(folder / "report.txt", report)
     figures = {"queries": len(ratings.answers.queries), "targets": len(targets)}
     return workspace.finish("rate", inputs, figures, simulated=simulated), report
-
-
-def _cross_judgments(judging: Judging, ratings: Ratings) -> list[Judgment]:
-    """The answers across queries, if they were planned for these ratings' queries."""
-    whole = judging.config.rate.calibration == "cross"
-    queries = list(ratings.answers.queries) if whole else sorted(judging.audited(ratings))
-    inputs = digest("cross", *(judging.inputs[query] for query in sorted(queries))).hex()
-    questions = judging.store.plan("", CROSS, inputs) or ()
-    return [one for judge in judging.judges for one in judging.answers(judge, questions)]
