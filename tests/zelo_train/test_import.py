@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "zelo_train"
 # Floors from the ground up. A file imports from floors below its own, or from its own room.
 FLOORS = (
     {"records", "errors"},
-    {"chance", "cost", "config", "llm", "store", "evaluate"},
+    {"chance", "cost", "config", "interrupt", "llm", "store", "evaluate"},
     {"noise", "rate"},
     {"collect", "judge"},
     {"simulate", "pipeline"},

@@ -7,12 +7,9 @@ by Ctrl-C, the cap, a power cut or `kill -9`, goes on where it was when the same
 from __future__ import annotations
 
 import asyncio
-import signal
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -20,6 +17,7 @@ from tqdm.std import tqdm
 
 from zelo_train.cost import Estimate, estimate, money
 from zelo_train.errors import CapReached, JudgeError
+from zelo_train.interrupt import run
 from zelo_train.judge.judges import Asked, ChatJudge, Judge
 from zelo_train.llm import Free, Purse
 from zelo_train.records import Judgment, Question, Status
@@ -307,10 +305,14 @@ class Ensemble:
             CapReached: the next question could exceed the cap.
             KeyboardInterrupt: after Ctrl-C.
         """
-        return asyncio.run(self.aask(questions, confirmed=confirmed, progress=progress))
+        asking = self._asking(questions, confirmed, progress=progress)
+        return run(asking.judgments(), asking.interrupt)
 
     async def aask(self, questions: Questions, *, confirmed: Collection[str] = (), progress: bool = False) -> list[Judgment]:
-        """`ask` in a running event loop."""
+        """`ask` in a running event loop, whose owner sees to Ctrl-C."""
+        return await self._asking(questions, confirmed, progress=progress).judgments()
+
+    def _asking(self, questions: Questions, confirmed: Collection[str], *, progress: bool) -> _Asking:
         known = {judge.name: self._known(judge, questions) for judge in self.judges}
         todo = {
             name: [(question, identity) for question, identity, judgment in rows if self._is_open(judgment)]
@@ -323,26 +325,7 @@ class Ensemble:
                 "what `departures` names: confirm the host, or use --yes in scripts"
             )
             raise JudgeError(msg)
-        asking = _Asking(self, Pocket(self.purse), sum(map(len, todo.values())), progress)
-        try:
-            with asking.bar, _on_interrupt(asking.interrupt):
-                stopped = await asyncio.gather(*(asking.ask(judge, todo[judge.name]) for judge in self.judges))
-        finally:
-            asking.purse.empty()
-            for judge in self.judges:
-                await judge.aclose()
-        if asking.interrupted:
-            raise KeyboardInterrupt
-        errors = [error for error in stopped if error is not None]
-        if errors:
-            capped = next((error for error in errors if isinstance(error, CapReached)), None)
-            raise capped or (errors[0] if len(errors) == 1 else JudgeError("\n".join(map(str, errors))))
-        answers = {name: iter(asking.given[name]) for name in todo}
-        return [
-            next(answers[name]) if judgment is None or self._is_open(judgment) else judgment
-            for name, rows in known.items()
-            for _, _, judgment in rows
-        ]
+        return _Asking(self, known, todo, progress)
 
 
 @dataclass
@@ -350,13 +333,18 @@ class _Asking:
     """One call of `ask`."""
 
     ensemble: Ensemble
-    purse: Pocket
-    total: int
+    known: Mapping[str, Sequence[tuple[Question, JudgeIdentity, Judgment | None]]]
+    todo: Mapping[str, Sequence[tuple[Question, JudgeIdentity]]]
     progress: bool
 
     def __post_init__(self) -> None:
+        self.purse = Pocket(self.ensemble.purse)
         self.bar = tqdm(
-            total=self.total, unit="answer", disable=None if self.progress else True, file=sys.stderr, smoothing=0.05
+            total=sum(map(len, self.todo.values())),
+            unit="answer",
+            disable=None if self.progress else True,
+            file=sys.stderr,
+            smoothing=0.05,
         )
         self.given: dict[str, list[Judgment]] = {judge.name: [] for judge in self.ensemble.judges}
         self.failed = 0
@@ -364,6 +352,28 @@ class _Asking:
         self.stopping = False
         self.interrupted = False
         self.workers: set[asyncio.Task[None]] = set()
+
+    async def judgments(self) -> list[Judgment]:
+        """Every judge's judgments in the order of its questions; fewer after an interrupt."""
+        ensemble = self.ensemble
+        try:
+            with self.bar:
+                stopped = await asyncio.gather(*(self.ask(judge, self.todo[judge.name]) for judge in ensemble.judges))
+        finally:
+            self.purse.empty()
+            for judge in ensemble.judges:
+                await judge.aclose()
+        errors = [error for error in stopped if error is not None]
+        if errors:
+            capped = next((error for error in errors if isinstance(error, CapReached)), None)
+            raise capped or (errors[0] if len(errors) == 1 else JudgeError("\n".join(map(str, errors))))
+        answers = {name: iter(given) for name, given in self.given.items()}
+        listed = [
+            next(answers[name], None) if judgment is None or ensemble._is_open(judgment) else judgment
+            for name, rows in self.known.items()
+            for _, _, judgment in rows
+        ]
+        return [judgment for judgment in listed if judgment is not None]
 
     def interrupt(self) -> None:
         """Ctrl-C: the first lets what is under way come in, the second does not."""
@@ -462,21 +472,3 @@ class _Line:
     def close(self) -> None:
         if not isinstance(self.stopped, JudgeError):
             self.release()
-
-
-@contextmanager
-def _on_interrupt(call: Callable[[], None]) -> Iterator[None]:
-    """Call this on Ctrl-C instead of raising, where the platform and the thread allow it."""
-    loop = asyncio.get_running_loop()
-    taken = False
-    if threading.current_thread() is threading.main_thread():
-        before = signal.getsignal(signal.SIGINT)
-        with suppress(NotImplementedError, ValueError, RuntimeError):
-            loop.add_signal_handler(signal.SIGINT, call)
-            taken = True
-    try:
-        yield
-    finally:
-        if taken:
-            loop.remove_signal_handler(signal.SIGINT)
-            signal.signal(signal.SIGINT, before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from zelo_train import config as settings
 from zelo_train.config import Config
 from zelo_train.cost import Budget
 from zelo_train.errors import ConfigError, WorkspaceError
+from zelo_train.interrupt import run
 from zelo_train.pipeline.judges import Confirm, budget, endpoint, price
 from zelo_train.pipeline.stages import EMBEDDED, collect_inputs, place, state
 from zelo_train.records import Candidate
@@ -207,7 +207,7 @@ def _written(
                 await writer.aclose()
 
         try:
-            found = asyncio.run(write())
+            found = run(write())
         except ExceptionGroup as group:
             # One of many that failed alike: its words are the user's.
             raise _first(group) from None
