@@ -22,8 +22,9 @@ demo: install ## rank the embedded collection, then inside LlamaIndex, LangChain
 test: install ## run the whole test suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: install ## measure the CPU table and many clients (half an hour), and write docs/performance.md
+bench: install ## measure the CPU table, memory and many clients (an hour), and write docs/performance.md
 	$(BIN)/python -m benchmarks.cpu
+	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.concurrency
 	$(BIN)/python -m benchmarks.report
 

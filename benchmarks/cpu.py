@@ -1,4 +1,4 @@
-"""The table: processor seconds, tokens and memory of every contender, on one thread in bfloat16, in interleaved runs.
+"""The table: processor seconds and tokens of every contender, on one thread in bfloat16, in interleaved runs.
 
 Run it:
 
@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from benchmarks import payload
 from benchmarks.contenders import CONTENDERS, REFERENCE
 from benchmarks.lane import Remote
-from benchmarks.measure import MIB, agreement, versions, write
+from benchmarks.measure import agreement, versions, write
 from benchmarks.standin import STAND_IN, TINY, checkpoint
 
 KILOBYTES, QUERY_TOKENS, DOCUMENTS = (4, 12, 75, 150), (10, 50, 300), 100
@@ -37,7 +37,7 @@ REFERENCED = 50
 # A contender that takes more CPU seconds than this in a cell runs there three times only: the whole table is to take minutes.
 PATIENCE, ENOUGH = 20, 3
 
-FIGURES = ("cpu_s", "wall_s", "tokens", "peak_bytes")
+FIGURES = ("cpu_s", "wall_s", "tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,12 @@ class Texts:
 
     count: Callable[[str], int]
 
+    @classmethod
+    def of_checkpoint(cls, folder: Path) -> Texts:
+        """Measured in the tokens of a checkpoint."""
+        tokens = AutoTokenizer.from_pretrained(folder)
+        return cls(lambda text: len(tokens.encode(text, add_special_tokens=False)))
+
     def of(self, cell: Cell, run: int) -> tuple[str, list[str]]:
         """Query and documents; each run has its own, the same for all contenders."""
         query = payload.query(cell.query_tokens, run, self.count)
@@ -78,17 +84,14 @@ def main(
     output: Annotated[Path | None, typer.Option(help="The JSON file; by default a new one in benchmarks/results/.")] = None,
 ) -> None:
     """Measure every contender on every cell, and write JSON."""
-    names = contenders or list(CONTENDERS)
-    if unknown := [name for name in names if name not in CONTENDERS]:
-        raise typer.BadParameter(f"there is no {unknown}; expected some of {list(CONTENDERS)}", param_hint="--contender")
+    names = chosen(contenders)
     shape, cells = (TINY, [Cell(4, 50, 12)]) if quick else (STAND_IN, _cells(only))
     if quick:
         runs, lanes = min(runs, 2), 1
     # Where the operating system's other work runs on a core as well, fewer lanes than cores are steadier.
     lanes = min(lanes or min(2, os.cpu_count() or 1), len(cells))
     folder = checkpoint(shape)
-    tokens = AutoTokenizer.from_pretrained(folder)
-    texts = Texts(lambda text: len(tokens.encode(text, add_special_tokens=False)))
+    texts = Texts.of_checkpoint(folder)
     _measure(cells, names, folder, texts, runs, lanes, dtype)
     figures = {
         "settings": {"runs": runs, "lanes": lanes, "threads": 1, "dtype": dtype, "documents": cells[0].documents}
@@ -102,10 +105,17 @@ def main(
     for cell in cells:
         typer.echo(f"{cell.kilobytes} kB, query of {cell.query_tokens} tokens")
         for name, found in cell.contenders.items():
-            seconds, mib = statistics.median(found["cpu_s"]), statistics.median(found["peak_bytes"]) / MIB
-            typer.echo(f"  {name:26} {seconds:8.3f} CPU s  {statistics.median(found['tokens']):8.0f} tokens  {mib:6.0f} MiB")
+            seconds, tokens = statistics.median(found["cpu_s"]), statistics.median(found["tokens"])
+            typer.echo(f"  {name:26} {seconds:8.3f} CPU s  {tokens:8.0f} tokens")
     typer.echo(f"vLLM: {vllm()}")
     typer.echo(f"written: {file}" if file else "a trial: not written (use --output FILE)")
+
+
+def chosen(names: list[str] | None) -> list[str]:
+    """The contenders that were named; all when none were."""
+    if unknown := [name for name in names or () if name not in CONTENDERS]:
+        raise typer.BadParameter(f"there is no {unknown}; expected some of {list(CONTENDERS)}", param_hint="--contender")
+    return names or list(CONTENDERS)
 
 
 def vllm() -> str:
