@@ -70,6 +70,7 @@ class Settings:
     logprobs: bool = True
     # Faults until so many requests have come: a server that is down, then up again.
     down_for: int = 0
+    fail_batches: bool = False
     # How it judges: "worth", "A" (always the first), "random", "longer".
     mind: str = "worth"
 
@@ -183,9 +184,13 @@ class Server:
                 found = {"object": "list", "data": self.batches, "has_more": False}
             case "GET", ["batches", name]:
                 found = dict(self.batches[int(name.removeprefix("batch-")) - 1])
-                self.batches[int(name.removeprefix("batch-")) - 1] |= {"status": "completed", "output_file_id": "output-1"}
-            case "GET", ["files", "output-1", "content"]:
-                rows = [json.loads(line) for line in self.files[0].split(b"\r\n")[0].splitlines()]
+                after: dict[str, Any] = {"status": "completed", "output_file_id": f"output-{found['input_file_id']}"}
+                if self.settings.fail_batches:
+                    after = {"status": "failed", "errors": {"data": [{"message": "the queue is full"}]}}
+                self.batches[int(name.removeprefix("batch-")) - 1] |= after
+            case "GET", ["files", name, "content"]:
+                number = int(name.removeprefix("output-file-"))
+                rows = [json.loads(line) for line in self.files[number - 1].split(b"\r\n")[0].splitlines()]
                 lines = [
                     {
                         "custom_id": row["custom_id"],

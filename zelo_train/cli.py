@@ -150,15 +150,17 @@ def judge(
         Path | None, typer.Option(help="With --pilot: a person's filled-in sheet.", show_default="the collection's grades")
     ] = None,
     write_sheet: Annotated[Path | None, typer.Option(help="Write a .csv sheet of pairs for a person, and exit.")] = None,
+    batches: Annotated[
+        bool,
+        typer.Option("--batches", help="Take what a provider's batch API has done, hand it the next round, and exit."),
+    ] = False,
     write_batches: Annotated[
         Path | None, typer.Option(help="Write the next round as files for a batch API into this folder, and exit.")
     ] = None,
     read_batches: Annotated[
         list[Path] | None, typer.Option(help="Keep the answers in a batch API's output file, and exit; repeatable.")
     ] = None,
-    drop_batches: Annotated[
-        bool, typer.Option("--drop-batches", help="Give up files that were not read back, and exit.")
-    ] = False,
+    drop_batches: Annotated[bool, typer.Option("--drop-batches", help="Give up batches that were not read, and exit.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Ask again what a judge gave up on.")] = False,
     yes: Yes = False,
 ) -> None:
@@ -168,6 +170,19 @@ def judge(
     """
     from zelo_train import pipeline
 
+    modes = {
+        "--estimate": estimate,
+        "--show-prompt": show_prompt,
+        "--pilot": pilot,
+        "--write-sheet": write_sheet is not None,
+        "--batches": batches,
+        "--write-batches": write_batches is not None,
+        "--read-batches": bool(read_batches),
+        "--drop-batches": drop_batches,
+    }
+    chosen = [name for name, wanted in modes.items() if wanted]
+    if len(chosen) > 1:
+        raise typer.BadParameter(f"it does not go with {chosen[1]}; expected one of them", param_hint=chosen[0])
     if show_prompt:
         from zelo_train.judge.prompt import Prompts
 
@@ -182,6 +197,12 @@ def judge(
         print(f"wrote {count} pairs to {write_sheet}: fill in `preferred` with left, right or tie, at least 100")
         return
     with _writing(workspace) as (opened, config):
+        if batches:
+            confirm = _confirm(config, yes=yes)
+            waiting = pipeline.batches(opened, config, confirm=confirm, say=shell.say, progress=_watched())
+            if not waiting:
+                print("every round is answered; next: zelo judge, which asks what little is left")
+            return
         if write_batches is not None:
             what, files = pipeline.write_batches(opened, config, write_batches)
             for file in files:
@@ -190,14 +211,13 @@ def judge(
                 print(f"nothing to write: {what} is answered or under way; `zelo judge` asks what is left")
             return
         if drop_batches:
-            print(f"gave up {pipeline.drop_batches(opened)} batch files; what was reserved for them stays counted")
+            print(f"gave up {pipeline.drop_batches(opened)} batches; what was reserved for them stays counted")
             return
         if read_batches:
             missing = [path for path in read_batches if not path.is_file()]
             if missing:
                 raise Mistake(f"{missing[0]} does not exist; expected a batch's output file")
-            final, left = pipeline.read_batches(opened, config, read_batches)
-            print(f"kept {final:,} answers; {left:,} questions must be asked again. Next: zelo judge --write-batches FOLDER")
+            print(pipeline.read_batches(opened, config, read_batches))
             return
         if pilot:
             confirm = _confirm(config, yes=yes)

@@ -96,6 +96,10 @@ STEPS = (
         keys BLOB NOT NULL
     ) STRICT;
     """,
+    """
+    ALTER TABLE batch ADD COLUMN judge TEXT NOT NULL DEFAULT '';
+    ALTER TABLE batch ADD COLUMN worst INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 
 KEY_BYTES = 16
@@ -194,12 +198,23 @@ class Spend:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A batch of questions handed to a provider; written with `provider` None before it is submitted."""
+    """A batch of questions for a provider.
+
+    Attributes:
+        client: our name for it.
+        provider: theirs; None until they have taken it.
+        state: what has become of it; the batch module's word.
+        keys: of the answers it will bring.
+        judge: who is asked.
+        worst: millionths it can cost at most, reserved as long as it is open.
+    """
 
     client: str
     provider: str | None
     state: str
     keys: tuple[bytes, ...]
+    judge: str = ""
+    worst: int = 0
 
 
 class Store:
@@ -459,14 +474,20 @@ class Store:
     def put_batch(self, batch: Batch) -> None:
         """Write a batch, or what has become of it."""
         with self._transaction() as execute:
-            row = (batch.client, batch.provider, batch.state, b"".join(batch.keys))
-            execute("INSERT OR REPLACE INTO batch VALUES (?, ?, ?, ?)", row)
+            row = (batch.client, batch.provider, batch.state, b"".join(batch.keys), batch.judge, batch.worst)
+            # Not REPLACE, which would move it to the end.
+            execute(
+                "INSERT INTO batch VALUES (?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT (client) DO UPDATE"
+                " SET provider = excluded.provider, state = excluded.state, worst = excluded.worst",
+                row,
+            )
 
     def batches(self) -> list[Batch]:
         """Every batch, in the order first written."""
         return [
-            Batch(client, provider, state, tuple(keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)))
-            for client, provider, state, keys in self._select("SELECT client, provider, state, keys FROM batch ORDER BY rowid")
+            Batch(client, provider, state, tuple(keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)), *rest)
+            for client, provider, state, keys, *rest in self._select("SELECT * FROM batch ORDER BY rowid")
         ]
 
     # Small ids

@@ -15,6 +15,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from tests import openai_server
 from zelo_train.cli import app
 from zelo_train.collect.collection import Collection
 from zelo_train.config import Config
@@ -175,6 +176,35 @@ def test_no_text_leaves_without_a_yes(folder: Path) -> None:
     assert result.exit_code == 1
     assert "texts go to judge.invalid: " in result.stderr
     assert "nobody can be asked; expected a terminal, or --yes" in result.stderr
+
+
+def test_batches_from_the_command(folder: Path) -> None:
+    path = folder / "zelo.yaml"
+    with openai_server.running() as server:
+        judge = f"{{name: one, model: test-model, base_url: '{server.base_url}', concurrency: 4}}"
+        path.write_text(path.read_text().replace("{name: one, kind: simulated}", judge))
+        run("collect", "-w", folder)
+        result = run("judge", "-w", folder, "--batches")
+        assert (result.exit_code, result.stdout) == (0, "")
+        assert re.search(r"zelo: one, zelo-\w+: \d+ questions of round 1 of 3 are handed over", result.stderr)
+        result = run("judge", "-w", folder)
+        assert result.exit_code == 1
+        assert "Go on with them (zelo judge --batches" in result.stderr
+        result = run("judge", "-w", folder, "--drop-batches")
+        assert result.stdout == "gave up 1 batches; what was reserved for them stays counted\n"
+        for _ in range(20):
+            result = run("judge", "-w", folder, "--batches")
+            assert result.exit_code == 0, result.stderr
+            if result.stdout:
+                break
+        assert result.stdout.startswith("every round is answered; next: zelo judge")
+        assert run("judge", "-w", folder).exit_code == 0
+
+
+def test_two_ways_of_judging_at_once_are_wrong_usage(folder: Path) -> None:
+    result = run("judge", "-w", folder, "--pilot", "--batches")
+    assert result.exit_code == 2
+    assert "--pilot: it does not go with --batches" in result.stderr
 
 
 def test_a_second_writer_is_told(folder: Path) -> None:

@@ -202,6 +202,30 @@ async def test_other_hosts_are_not_told_what_is_openai_s(monkeypatch: pytest.Mon
         assert "secret-of-another" not in repr(server.stats()["headers"])
 
 
+async def test_a_proxy_is_the_environment_s_choice_and_never_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    with openai_server.running() as server:
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.port}")
+        far = Endpoint("http://judge.invalid/v1")
+        # The test server is no proxy: it says what it was asked for.
+        with pytest.raises(Fault, match=r"no http://judge\.invalid/v1/chat/completions"):
+            await far.send(BODY)
+        await far.aclose()
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+        near = Endpoint(server.base_url)
+        assert (await near.send(BODY)).text == "A"
+        await near.aclose()
+
+
+async def test_an_address_keeps_its_query() -> None:
+    with openai_server.running() as server:
+        chat = Endpoint(f"{server.base_url}/?api-version=3")
+        with pytest.raises(Fault, match=r"no /v1/chat/completions\?api-version=3"):
+            await chat.send(BODY)
+        await chat.aclose()
+
+
 async def test_too_long_is_final_and_free() -> None:
     with openai_server.running(context=3) as server:
         purse = Counted()

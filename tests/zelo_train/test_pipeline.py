@@ -483,10 +483,16 @@ def test_batches_round_after_round(tmp_path: Path) -> None:
             with pytest.raises(WorkspaceError, match="would be paid for twice"):
                 pipeline.judge(workspace, config)
             with workspace.store() as store:
-                assert store.spent()[-1].reserved >= files[0].worst > 0
+                assert store.spent()[-1].reserved >= files[0].batch.worst > 0
             rounds.append(what)
             output = provider(files)
-            assert pipeline.read_batches(workspace, config, [output]) == (sum(len(file.questions) for file in files), 0)
+            # Only a part of the lines: those are kept, and the batch stays open.
+            part = tmp_path / "part.jsonl"
+            part.write_text("".join(output.read_text().splitlines(keepends=True)[:3]))
+            asked = sum(len(file.questions) for file in files)
+            assert pipeline.read_batches(workspace, config, [part]) == pipeline.Reading(3, 0, 0, asked - 3)
+            assert "--drop-batches" in str(pipeline.Reading(3, 0, 0, asked - 3))
+            assert pipeline.read_batches(workspace, config, [output]) == pipeline.Reading(asked, 0, 0)
             with pytest.raises(JudgeError, match="answer nothing that is under way"):
                 pipeline.read_batches(workspace, config, [output])
         assert rounds == ["round 1 of 3", "round 2 of 3", "round 3 of 3", "grades"]
@@ -501,6 +507,127 @@ def test_batches_round_after_round(tmp_path: Path) -> None:
         with workspace.store() as store:
             assert store.outlay() > spent > 0
         pipeline.rate(workspace, config)
+
+
+def batched(tmp_path: Path, base_url: str) -> Workspace:
+    collection(per_subject=6).write(tmp_path / "beir")
+    return made(tmp_path / "ws", **{
+        "collect.source": str(tmp_path / "beir"), "collect.test_share": 0.0, "judge.cap": 5,
+        "judge.judges": [*endpoint(base_url), *SIMULATED[:1]],
+    })  # fmt: skip
+
+
+def test_batches_through_the_provider(tmp_path: Path) -> None:
+    """One call again and again: it hands a round over, finds it under way, takes it, and hands over the next."""
+    with openai_server.running() as server:
+        workspace = batched(tmp_path, server.base_url)
+        config = settings(workspace)
+        pipeline.collect(workspace, config)
+        told: list[str] = []
+        waiting = [pipeline.batches(workspace, config, say=told.append)]
+        files = list((workspace.folder / "judge" / "batches").iterdir())
+        assert len(files) == 1
+        with pytest.raises(WorkspaceError, match="zelo judge --batches"):
+            pipeline.judge(workspace, config)
+        while waiting[-1]:
+            waiting.append(pipeline.batches(workspace, config, say=told.append))
+        assert list((workspace.folder / "judge" / "batches").iterdir()) == [], "what is read need not lie there"
+        handed = [line.partition(" questions of ")[2] for line in told if "handed over" in line]
+        assert handed == [f"round {n} of 3 are handed over" for n in (1, 2, 3)] + ["grades are handed over"]
+        assert sum("under way" in line for line in told) == 4
+        stats = server.stats()
+        assert (stats["batches"], stats["requests"]) == (4, 0)
+        with workspace.store() as store:
+            assert {one.state for one in store.batches()} == {"read"}
+            assert sum(one.reserved for one in store.spent()) == 0
+            counts = {status for (judge, _, status), _ in store.counts().items() if judge == "real"}
+            assert counts == {Status.OK}
+            # Half of what the server counted, at a millionth a token in and two out, each rounded up.
+            billed = stats["billed_in"] + 2 * stats["billed_out"]
+            assert store.outlay() == pytest.approx(billed / 2, rel=0.02)
+        pipeline.judge(workspace, config)
+        assert server.stats()["requests"] < 30, "only what batches do not ask"
+
+
+def test_a_batch_that_a_dead_process_left_is_handed_over_and_paid_once(tmp_path: Path) -> None:
+    with openai_server.running() as server:
+        workspace = batched(tmp_path, server.base_url)
+        config = settings(workspace)
+        pipeline.collect(workspace, config)
+        # It died between writing the file and handing it over: as `batches` writes it.
+        pipeline.write_batches(workspace, config, workspace.folder / "judge" / "batches")
+        told: list[str] = []
+        while pipeline.batches(workspace, config, say=told.append):
+            pass
+        assert server.stats()["batches"] == 4
+        with workspace.store() as store:
+            assert sum(one.reserved for one in store.spent()) == 0
+
+
+def test_a_failed_batch_costs_nothing_and_says_why(tmp_path: Path) -> None:
+    with openai_server.running(fail_batches=True) as server:
+        workspace = batched(tmp_path, server.base_url)
+        config = settings(workspace)
+        pipeline.collect(workspace, config)
+        assert pipeline.batches(workspace, config) == pipeline.batches(workspace, config) > 0
+        with pytest.raises(JudgeError, match=r"took nothing of batch .*: the queue is full"):
+            pipeline.batches(workspace, config)
+        with workspace.store() as store:
+            assert store.outlay() == 0
+            assert {one.state for one in store.batches()} == {"read"}
+
+
+def test_an_answer_to_a_text_that_changed_meanwhile_is_told(tmp_path: Path) -> None:
+    with openai_server.running() as server:
+        workspace = batched(tmp_path, server.base_url)
+        config = settings(workspace)
+        pipeline.collect(workspace, config)
+        asked = pipeline.batches(workspace, config)
+        whole = collection(per_subject=6)
+        documents = {**whole.documents, "whales-3": Document("whales-3", whole.documents["whales-3"].text + " and more")}
+        Collection(documents, whole.queries, whole.qrels).write(tmp_path / "beir")
+        pipeline.collect(workspace, config)
+        told: list[str] = []
+        pipeline.batches(workspace, config, say=told.append)
+        pipeline.batches(workspace, config, say=told.append)
+        assert "of no use" in told[1]
+        kept = int(told[1].partition("kept ")[2].partition(" ")[0])
+        # The plan of that query is another one now; all others are as they were.
+        assert kept == asked - asked // len(SUBJECTS)
+
+
+def test_batches_need_a_yes_and_say_who_refuses(tmp_path: Path) -> None:
+    workspace = batched(tmp_path, "http://judge.invalid/v1")
+    config = settings(workspace)
+    pipeline.collect(workspace, config)
+    leaving = []
+    with pytest.raises(JudgeError, match=r"judge\.invalid, which was not confirmed"):
+        pipeline.batches(workspace, config, confirm=lambda listed: bool(leaving.append(listed)))
+    assert leaving[0][0].host == "judge.invalid"
+    with workspace.store() as store:
+        assert (store.batches(), store.outlay()) == ([], 0)
+    with openai_server.running() as server:
+        workspace = batched(tmp_path, f"{server.base_url}/elsewhere")
+        config = settings(workspace)
+        with pytest.raises(JudgeError, match="expected an endpoint with a batch API"):
+            pipeline.batches(workspace, config)
+        # A batch whose judge has gone.
+        made(workspace.folder, **{
+            "collect.source": str(tmp_path / "beir"), "collect.test_share": 0.0, "judge.judges": SIMULATED,
+        })  # fmt: skip
+        with pytest.raises(JudgeError, match=r"'real', which zelo\.yaml no longer names"):
+            pipeline.batches(workspace, settings(workspace))
+        assert pipeline.drop_batches(workspace) == 1
+        assert pipeline.batches(workspace, settings(workspace)) == 0
+
+
+def test_files_for_a_person_and_batches_from_here_do_not_mix(tmp_path: Path) -> None:
+    workspace = batched(tmp_path, "http://judge.invalid/v1")
+    config = settings(workspace)
+    pipeline.collect(workspace, config)
+    pipeline.write_batches(workspace, config, tmp_path / "mine")
+    with pytest.raises(WorkspaceError, match="for a person to hand over"):
+        pipeline.batches(workspace, config)
 
 
 def test_a_pilot_and_a_sheet(tmp_path: Path, beir: Path) -> None:

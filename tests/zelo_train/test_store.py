@@ -179,7 +179,7 @@ def test_an_older_schema_is_migrated_and_keeps_its_rows(tmp_path: Path) -> None:
         connection.execute("DROP TABLE batch")
         connection.execute("PRAGMA user_version=1")
     connection.close()
-    with pytest.raises(WorkspaceError, match="older schema 1, expected 2"):
+    with pytest.raises(WorkspaceError, match=f"older schema 1, expected {len(STEPS)}"):
         Store(path)
     with Store(path, write=True) as store:
         assert PAIR in store.find(JUDGE, [PAIR], texts())
@@ -270,6 +270,8 @@ with Store(folder / "answers.db", write=True) as store:
         store.put(judge, Judgment("a", question, Status.OK, Form.VOTE, float(n % 2)), texts)
         sys.stdout.write(f"{n}\\n")
         sys.stdout.flush()
+        if n == start:
+            begun()
 """
 
 
@@ -304,11 +306,16 @@ from zelo_train import records, store
 write = sys.argv[2]
 draw = random.Random(0)
 for child in range(40):
+    ours, theirs = os.pipe()
     pid = os.fork()
     if not pid:
         sys.argv = ["write", sys.argv[1], str(child * 1_000_000)]
-        exec(write)
-    time.sleep(draw.uniform(0.04, 0.12))
+        exec(write, {"begun": lambda: os.write(theirs, b".")})
+    # On a busy machine a time alone may pass before it has written anything.
+    os.read(ours, 1)
+    os.close(ours)
+    os.close(theirs)
+    time.sleep(draw.uniform(0, 0.08))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 """

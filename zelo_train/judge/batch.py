@@ -2,7 +2,8 @@
 
     write   questions → JSONL files of at most 50,000 lines, one request a line, named by the key of its answer
     submit  files → provider; a batch is noted before it is sent, and recognised there by its name if the note was the last act
-    read    the provider's output and error files → judgments
+    fetch   provider → the lines of its output and error files
+    read    lines → judgments
 
 A line that expired is no answer and no failure: it is asked again with the next batch.
 """
@@ -10,13 +11,14 @@ A line that expired is no answer and no failure: it is asked again with the next
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from zelo_train.errors import JudgeError
+from zelo_train.errors import JudgeError, MissingPackage
 from zelo_train.judge.ask import Ensemble
 from zelo_train.judge.judges import ChatJudge
 from zelo_train.llm import Endpoint, Fault, fault_of_status, reply_of
@@ -56,13 +58,11 @@ class BatchFile:
         path: of the file.
         batch: its note.
         questions: in the order of the lines.
-        worst: millionths it can cost at most, to be reserved before it is submitted.
     """
 
     path: Path
     batch: Batch
     questions: tuple[Question, ...]
-    worst: int
 
 
 def write(
@@ -76,7 +76,7 @@ def write(
     most_lines: int = MOST_LINES,
     most_bytes: int = MOST_BYTES,
 ) -> list[BatchFile]:
-    """Write what the judge has not answered and no open batch asks.
+    """Write what the judge has not answered and no open batch asks. The most a file can cost is reserved before it is noted.
 
     Args:
         ensemble: whose texts and answers these are.
@@ -90,6 +90,9 @@ def write(
 
     Returns:
         The files, none when nothing is left to ask.
+
+    Raises:
+        CapReached: a file could exceed the cap; those before it are written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     under_way = {key for batch in batches.batches() if batch.state != READ for key in batch.keys}
@@ -101,12 +104,14 @@ def write(
         nonlocal size
         keys = tuple(key for key, _, _, _ in lines)
         client = f"zelo-{blake2b(b''.join(keys), digest_size=8).hexdigest()}"
+        worst = sum(cost for _, _, _, cost in lines)
+        # Never settled by this process: it stays reserved until the answers are read.
+        ensemble.purse.reserve(judge.name, worst)
         path = folder / f"{client}.jsonl"
         path.write_bytes(b"".join(line for _, line, _, _ in lines))
-        batch = Batch(client, None, WRITTEN, keys)
+        batch = Batch(client, None, WRITTEN, keys, judge.name, worst)
         batches.put_batch(batch)
-        asked, worst = tuple(question for _, _, question, _ in lines), sum(cost for _, _, _, cost in lines)
-        files.append(BatchFile(path, batch, asked, worst))
+        files.append(BatchFile(path, batch, tuple(question for _, _, question, _ in lines)))
         lines.clear()
         size = 0
 
@@ -232,7 +237,20 @@ def _judgment(judge: ChatJudge, question: Question, row: Mapping[str, Any], shar
 # The provider's side
 
 
-async def submit(judge: ChatJudge, file: BatchFile, batches: Batches) -> Batch:
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What the provider made of a batch.
+
+    Attributes:
+        lines: of its output and error files.
+        failure: why it took none of the batch; empty when it did.
+    """
+
+    lines: tuple[str, ...] = ()
+    failure: str = ""
+
+
+async def submit(judge: ChatJudge, path: Path, batch: Batch, batches: Batches) -> Batch:
     """Hand a file to the provider, once.
 
     The batch is noted as being submitted before it is; if this process dies in between, the next call finds the batch at the
@@ -244,20 +262,16 @@ async def submit(judge: ChatJudge, file: BatchFile, batches: Batches) -> Batch:
     Raises:
         JudgeError: the provider refused it.
     """
-    import openai
-
-    batch = next((known for known in batches.batches() if known.client == file.batch.client), file.batch)
     if batch.provider is not None:
         return batch
-    client = _sdk(judge)
-    try:
+    async with _provider(judge, f"the batch {batch.client} was not taken") as client:
         if batch.state == SUBMITTING:
             async for theirs in client.batches.list():
                 if (theirs.metadata or {}).get("client") == batch.client:
                     return _note(batches, batch, theirs.id)
         batch = replace(batch, state=SUBMITTING)
         batches.put_batch(batch)
-        uploaded = await client.files.create(file=file.path, purpose="batch")
+        uploaded = await client.files.create(file=path, purpose="batch")
         theirs = await client.batches.create(
             input_file_id=uploaded.id,
             endpoint=URL,
@@ -265,9 +279,6 @@ async def submit(judge: ChatJudge, file: BatchFile, batches: Batches) -> Batch:
             metadata={"client": batch.client},
         )
         return _note(batches, batch, theirs.id)
-    except openai.APIError as error:
-        msg = f"judge {judge.name!r}: the batch {batch.client} was not taken ({error}); expected an endpoint with a batch API"
-        raise JudgeError(msg) from error
 
 
 def _note(batches: Batches, batch: Batch, provider: str) -> Batch:
@@ -276,38 +287,57 @@ def _note(batches: Batches, batch: Batch, provider: str) -> Batch:
     return noted
 
 
-async def fetch(judge: ChatJudge, batch: Batch) -> list[str] | None:
-    """The lines of a batch's output and error files; None while it is under way.
+async def fetch(judge: ChatJudge, batch: Batch) -> Fetched | None:
+    """What has become of a batch; None while it is under way.
 
     Raises:
-        JudgeError: the batch was never submitted, or the provider failed it as a whole.
+        JudgeError: the batch was never submitted, or the provider cannot be asked.
     """
-    import openai
-
     if batch.provider is None:
         msg = f"batch {batch.client} has no id at the provider; expected one: submit it first"
         raise JudgeError(msg)
-    client = _sdk(judge)
-    try:
+    async with _provider(judge, f"the batch {batch.client} cannot be fetched") as client:
         theirs = await client.batches.retrieve(batch.provider)
         if theirs.status in ("validating", "in_progress", "finalizing", "cancelling"):
             return None
         if theirs.status == "failed":
             errors = "; ".join(error.message or "" for error in (theirs.errors.data if theirs.errors else None) or ())
-            msg = f"batch {batch.client} ({batch.provider}) failed at the provider: {errors or 'no reason given'}"
-            raise JudgeError(msg)
+            return Fetched(failure=errors or "no reason given")
         lines: list[str] = []
         for name in (theirs.output_file_id, theirs.error_file_id):
             if name:
                 lines += (await client.files.content(name)).text.splitlines()
-        return lines
-    except openai.APIError as error:
-        msg = f"judge {judge.name!r}: batch {batch.client} cannot be fetched ({error}); try again later"
-        raise JudgeError(msg) from error
+        return Fetched(tuple(lines))
 
 
-def _sdk(judge: ChatJudge) -> AsyncOpenAI:
+@asynccontextmanager
+async def _provider(judge: ChatJudge, failing: str) -> AsyncIterator[AsyncOpenAI]:
+    """The provider's files and batches. Raises JudgeError with what is `failing` when it answers with an error."""
     if not isinstance(judge.chat, Endpoint):
         msg = f"judge {judge.name!r} has no endpoint; expected one with a batch API"
         raise JudgeError(msg)
-    return judge.chat.sdk()
+    try:
+        import openai
+    except ImportError as error:
+        msg = f"a batch API needs the openai SDK ({error}); install it: pip install 'zerank-integrations[zelo]'"
+        raise MissingPackage(msg) from error
+    # Taken from the environment by the SDK, and no other host's affair.
+    unsaid: dict[str, Any] = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
+    client = openai.AsyncOpenAI(
+        base_url=judge.chat.base_url,
+        api_key=judge.chat.key or "none",
+        # One that was created and whose reply was lost must be looked for, not created again.
+        max_retries=0,
+        # A redirect would carry the texts to a host that nobody confirmed.
+        http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, trust_env=not judge.chat.local),
+        default_headers=None if judge.chat.host == "api.openai.com" else unsaid,
+    )
+    try:
+        async with client:
+            yield client
+    except openai.APIError as error:
+        msg = (
+            f"judge {judge.name!r}: {failing} by {judge.chat.host} ({error}); expected an endpoint with a batch API, "
+            "or try again later: what is noted is not sent twice"
+        )
+        raise JudgeError(msg) from error

@@ -12,7 +12,7 @@ Stages pass records and know nothing of files; only this package knows where thi
     pilot      batches          two other ways of asking the judges
 """
 
-from zelo_train.pipeline.batches import drop_batches, read_batches, write_batches
+from zelo_train.pipeline.batches import Reading, batches, drop_batches, read_batches, write_batches
 from zelo_train.pipeline.collect import Collected, collect, collected, names, read
 from zelo_train.pipeline.judge import Judging, judge, outlook
 from zelo_train.pipeline.judges import Confirm, judges
@@ -28,8 +28,10 @@ __all__ = [
     "Collected",
     "Confirm",
     "Judging",
+    "Reading",
     "Say",
     "State",
+    "batches",
     "collect",
     "collected",
     "drop_batches",

@@ -369,7 +369,7 @@ def judge(
         if under_way:
             raise WorkspaceError(
                 f"{under_way:,} questions are in batch files that were not read back; asked now they would be paid for twice."
-                " Read their output (zelo judge --read-batches FILE), or give them up (zelo judge --drop-batches)"
+                " Go on with them (zelo judge --batches, or --read-batches FILE), or give them up (zelo judge --drop-batches)"
             )
         if judging.simulated:
             say(SIMULATED)

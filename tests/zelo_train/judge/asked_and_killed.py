@@ -15,9 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx2  # noqa: F401 - imported before the fork
-import openai
-import openai.resources.chat  # noqa: F401
+import aiohttp  # noqa: F401 - imported before the fork
 
 from zelo_train.cost import Budget, Price
 from zelo_train.judge.ask import Ensemble

@@ -51,7 +51,7 @@ def test_the_same_answers_as_one_by_one_at_half_the_price(tmp_path: Path) -> Non
         read = batch.read(ensemble(of, store), of, file.questions, reversed(answers(file.path)))
         batch.keep(ensemble(of, store), of, read)
         assert read.again == ()
-        assert sum(judgment.cost for judgment in read.judgments) <= file.worst
+        assert sum(judgment.cost for judgment in read.judgments) <= file.batch.worst
         by_batch = ensemble(of, store).ask(asked)  # nothing is left to ask: the endpoint does not exist
     with openai_server.running() as server, Store(tmp_path / "one.db", write=True) as store:
         one_by_one = ensemble(judge(server.base_url), store).ask(asked)
@@ -114,17 +114,17 @@ async def test_handed_over_once_though_the_process_dies_in_between(tmp_path: Pat
                 store.put_batch(note)
 
         with pytest.raises(KeyboardInterrupt):
-            await batch.submit(of, file, Dies())
+            await batch.submit(of, file.path, file.batch, Dies())
         assert [(known.provider, known.state) for known in store.batches()] == [(None, "submitting")]
-        noted = await batch.submit(of, file, store)
-        assert await batch.submit(of, file, store) == noted
+        noted = await batch.submit(of, file.path, store.batches()[0], store)
+        assert await batch.submit(of, file.path, noted, store) == noted
         assert store.batches() == [noted]
         stats = server.stats()
         assert stats["batches"] == 1
         assert noted.provider == "batch-1"
         assert await batch.fetch(of, noted) is None, "under way"
-        lines = await batch.fetch(of, noted)
-        await of.aclose()
-        read = batch.read(ensemble(of, store), of, file.questions, lines or [])
+        fetched = await batch.fetch(of, noted)
+        assert fetched is not None
+        read = batch.read(ensemble(of, store), of, file.questions, fetched.lines)
     assert len(read.judgments) == 20
     assert all(judgment.answered for judgment in read.judgments)
