@@ -248,6 +248,13 @@ class Ensemble:
     def _is_open(self, judgment: Judgment | None) -> bool:
         return judgment is None or judgment.status in self.again
 
+    def known(self, questions: Questions) -> Iterator[Judgment]:
+        """What judges have answered already, failures included, judge after judge in the order of the questions."""
+        for judge in self.judges:
+            for _, _, judgment in self._known(judge, questions):
+                if judgment is not None:
+                    yield judgment
+
     def estimates(self, questions: Questions, latency: float = 1.0) -> list[Estimate]:
         """Calls, tokens, money and time of what is not answered yet, by judge. `cost.table` writes them out."""
         return [self._estimate(judge, self._open(judge, questions), latency)[0] for judge in self.judges]

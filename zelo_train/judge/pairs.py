@@ -232,11 +232,11 @@ def shown(judge: str, plans: Sequence[Plan], seed: int = 0) -> Iterator[tuple[in
     balance: dict[str, int] = {}
     for plan in plans:
         for one, other in plan.pairs:
-            draw = [
-                (balance.get(document, 0), chance.key(seed, "first", judge, plan.query, *sorted((one, other)), document))
-                for document in (one, other)
-            ]
-            first, second = (one, other) if draw[0] < draw[1] else (other, one)
+            lead = balance.get(one, 0) - balance.get(other, 0)
+            if not lead:
+                drawn = (chance.key(seed, "first", judge, plan.query, *sorted((one, other)), name) for name in (one, other))
+                lead = 1 if next(drawn) > next(drawn) else -1
+            first, second = (one, other) if lead < 0 else (other, one)
             balance[first] = balance.get(first, 0) + 1
             balance[second] = balance.get(second, 0) - 1
             yield plan.round, Comparison(plan.query, first, second)

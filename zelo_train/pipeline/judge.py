@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 # Plans of a query are numbered by round; these are not rounds.
 GRADES, CROSS = 0, -1
 
+# Queries whose judgments are read at once.
+AT_ONCE = 256
+
 # Of the queries the other calibration is asked too, so that each audits the other; correlations of fewer mean nothing.
 AUDITED_SHARE, AUDITED_LEAST = 0.02, 8
 
@@ -68,7 +71,8 @@ class Judging:
         }[config.judge.pairs.design]
         self.inputs = {query: self._inputs(query) for query in self.candidates}
         self._plans: dict[tuple[str, int], Plan] = {}
-        self._shown: dict[tuple[str, str], tuple[int, list[tuple[int, Question]]]] = {}
+        # By judge and query, a byte a pair: whether it is shown as planned. Questions would be most of the memory.
+        self._as_planned: dict[tuple[str, str], bytes] = {}
         self._audits: dict[tuple[str, str], tuple[tuple[Question, ...], tuple[Question, ...]]] = {}
 
     @property
@@ -155,16 +159,21 @@ class Judging:
             earlier.append(self._plans[query, number])
         return earlier
 
-    def _as_shown(self, judge: str, query: str, last: int) -> list[tuple[int, Question]]:
-        """(round, question) of a query's pairs as a judge is shown them, up to a round or further."""
+    def _as_shown(self, judge: str, query: str, last: int) -> Iterator[tuple[int, Question]]:
+        """(round, question) of a query's pairs as a judge is shown them, up to a round."""
         from zelo_train.judge.pairs import shown
 
-        known, found = self._shown.get((judge, query), (0, []))
-        if known < last:
-            plans = self._earlier(query, last + 1)
-            found = [(number, pair.question) for number, pair in shown(judge, plans, self.config.judge.pairs.seed)]
-            self._shown[judge, query] = len(plans), found
-        return found
+        plans = self._earlier(query, last + 1)
+        pairs = [(plan.round, pair) for plan in plans for pair in plan.pairs]
+        as_planned = self._as_planned.get((judge, query), b"")
+        if len(as_planned) < len(pairs):
+            asked = shown(judge, plans, self.config.judge.pairs.seed)
+            as_planned = bytes(one.left == pair[0] for (_, pair), (_, one) in zip(pairs, asked, strict=True))
+            self._as_planned[judge, query] = as_planned
+        # One for all: millions of them are many bytes.
+        queries = (query,)
+        for (number, pair), straight in zip(pairs, as_planned, strict=False):
+            yield number, Question(Kind.COMPARE, queries, pair if straight else pair[::-1])
 
     def swaps(self, judge: str, query: str) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
         """What a judge is asked of a query's first round beyond the plan: in the other order, and once more."""
@@ -189,9 +198,9 @@ class Judging:
         from zelo_train.rate.fit import covariance
 
         among = {query: self.candidates[query] for query in queries}
-        judgments = [one for one in self.judgments(range(1, round), queries)]
+        known = preferences(self.judgments(range(1, round), queries))
         try:
-            rated = rating(preferences(judgments), candidates=among, judges={judge.name: JudgeTerms() for judge in self.judges})
+            rated = rating(known, candidates=among, judges={judge.name: JudgeTerms() for judge in self.judges})
         except TooFewAnswers:
             return {}
         spread = covariance(rated.answers, rated.values) if self.config.judge.pairs.design == "information" else None
@@ -234,9 +243,11 @@ class Judging:
 
     def judgments(self, rounds: Collection[int], queries: Iterable[str] | None = None) -> Iterator[Judgment]:
         """What is known of these rounds' pairs, each once, and their swapped audits; failures included."""
-        asked = self.questions(rounds, queries)
-        for judge in self.judges:
-            yield from self.answers(judge, asked[judge.name])
+        listed = list(self.candidates if queries is None else queries)
+        for start in range(0, len(listed), AT_ONCE):
+            asked = self.questions(rounds, listed[start : start + AT_ONCE])
+            for judge in self.judges:
+                yield from self.answers(judge, asked[judge.name])
 
     def answers(self, judge: Judge, questions: Iterable[Question]) -> Iterator[Judgment]:
         """A judge's stored answers to these questions, each once."""
@@ -378,12 +389,12 @@ def judge(
             ensemble.again = frozenset({Status.GAVE_UP})
         confirmed = judging.confirmed(judging.outlook(), confirm)
         folder = workspace.begin("judge")
-        judgments: list[Judgment] = []
         for number in range(1, judging.rounds + 1):
             planned = sum(map(len, judging.plan(number).values()))
             say(f"round {number} of {judging.rounds}: {planned:,} questions to each of {len(judging.judges)} judges")
-            judgments += ensemble.ask(judging.questions([number]), confirmed=confirmed, progress=progress)
+            ensemble.ask(judging.questions([number]), confirmed=confirmed, progress=progress)
         rounds = range(1, judging.rounds + 1)
+        last: list[Question] = []
         if config.rate.calibration != "none":
             ratings = rating(
                 preferences(judging.judgments(rounds)),
@@ -396,11 +407,16 @@ def judge(
             wanted = graded if config.rate.calibration == "grades" else judging.audited(ratings)
             grades = [one for query in wanted for one in graded.get(query, ())]
             across = judging.cross_plan(ratings)
+            last = [*grades, *across]
             say(f"grades: {len(grades):,} questions; across queries: {len(across):,}, to each judge")
-            judgments += ensemble.ask([*grades, *across], confirmed=confirmed, progress=progress)
-        found = report(judgments, material.length, cut=ensemble.cut, reasons=ensemble.reasons)
+            ensemble.ask(last, confirmed=confirmed, progress=progress)
+        # Read once more rather than kept: beside the ratings they would be half of the memory.
+        asked = {name: [*own, *last] for name, own in judging.questions(rounds).items()}
+        found = report(ensemble.known(asked), material.length, cut=ensemble.cut, reasons=ensemble.reasons)
         text = "\n".join(found.lines(config.judge.currency)) + "\n"
         write_whole(folder / "report.txt", text)
-        counts = Counter(status.value for (_, _, status), count in store.counts().items() for _ in range(count))
+        counts: Counter[str] = Counter()
+        for (_, _, status), count in store.counts().items():
+            counts[status.value] += count
         figures = {"queries": len(judging.candidates), "judges": len(judging.judges), **counts}
         return workspace.finish("judge", inputs, figures, simulated=judging.simulated), text

@@ -31,9 +31,9 @@ def rate(workspace: Workspace, config: Config) -> tuple[Stage, str]:
     with workspace.store() as store:
         judging = Judging(workspace, config, store, collected(workspace))
         rounds = range(1, judging.rounds + 1)
-        judgments = list(judging.judgments(rounds))
         ratings = rating(
-            preferences(judgments),
+            # Read one after another: all judgments at once would be most of the memory.
+            preferences(judging.judgments(rounds)),
             candidates=judging.candidates,
             judges=None if section.judge_terms else {judge.name: JudgeTerms() for judge in judging.judges},
             link=section.link,
@@ -61,7 +61,7 @@ def rate(workspace: Workspace, config: Config) -> tuple[Stage, str]:
             )
             notes.append(f"grades and cross-query pairs: {audit(calibration, other)}")
         # It travels with every target, and nothing after this can take it away.
-        simulated = any(one.simulated for one in (*judgments, *found, *across))
+        simulated = judging.simulated
     targets = calibration.targets(ratings, weights=section.weights, simulated=simulated)
     if workspace.stage("judge") is None:
         notes.append("judging is not finished: `zelo judge` goes on where it stopped")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,32 +21,29 @@ Indices = NDArray[np.int64]
 SOFT_LEAST = 0.01
 
 
-def preferences(judgments: Iterable[Judgment]) -> list[Preference]:
-    """What answered comparisons say about pairs.
+def preferences(judgments: Iterable[Judgment]) -> Iterator[Preference]:
+    """What answered comparisons say about pairs, one after another.
 
     A failure is no answer and leaves no trace. SOFT and VOTE give one preference each (a tie is half a win); an ORDER of k
     documents gives its k(k-1)/2 pairs at weight 2/k, so that it counts as k - 1 answers. The same question to the same judge
     counts once: at temperature 0 asking again tells nothing new. The swapped question is another question and counts.
     """
-    found: list[Preference] = []
-    seen: set[tuple[str, object]] = set()
+    seen: defaultdict[tuple[str, str], set[tuple[str, ...]]] = defaultdict(set)
     for judgment in judgments:
         question = judgment.question
-        if question.kind is not Kind.COMPARE or not judgment.answered or (judgment.judge, question) in seen:
+        if question.kind is not Kind.COMPARE or not judgment.answered:
             continue
-        seen.add((judgment.judge, question))
         query, shown = question.query, question.documents
+        if shown in seen[judgment.judge, query]:
+            continue
+        seen[judgment.judge, query].add(shown)
         if judgment.form is Form.ORDER:
             place = {document: rank for rank, document in enumerate(judgment.order)}
-            found.extend(
-                Preference(judgment.judge, query, shown[i], shown[j], float(place[i] < place[j]), 2 / len(shown))
-                for i in range(len(shown))
-                for j in range(i + 1, len(shown))
-            )
+            for i, j in combinations(range(len(shown)), 2):
+                yield Preference(judgment.judge, query, shown[i], shown[j], float(place[i] < place[j]), 2 / len(shown))
         elif judgment.value is not None:
             value = judgment.value if judgment.form is Form.VOTE else min(max(judgment.value, SOFT_LEAST), 1 - SOFT_LEAST)
-            found.append(Preference(judgment.judge, query, shown[0], shown[1], value))
-    return found
+            yield Preference(judgment.judge, query, shown[0], shown[1], value)
 
 
 def grades(judgments: Iterable[Judgment]) -> list[Grade]:
@@ -171,8 +171,9 @@ def answers_of(preferences: Iterable[Preference], candidates: Mapping[str, Seque
         places[query] = {document: place for place, document in enumerate(dict.fromkeys(documents))}
     judges: dict[str, int] = {}
     queries: dict[str, int] = {query: index for index, query in enumerate(places)}
-    query_rows, left_rows, right_rows, judge_rows = [], [], [], []
-    p_rows, weight_rows = [], []
+    # Eight bytes a value; in lists they would be objects.
+    query_rows, left_rows, right_rows, judge_rows = (array("q") for _ in range(4))
+    p_rows, weight_rows = array("d"), array("d")
     for preference in preferences:
         query, left, right = preference.query, preference.left, preference.right
         own = places.get(query)

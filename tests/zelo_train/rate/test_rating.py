@@ -161,14 +161,16 @@ def test_queries_do_not_touch_each_other() -> None:
 def test_what_forms_of_answers_become() -> None:
     asked = Question(Kind.COMPARE, ("q",), ("a", "b", "c", "d"))
     pair = Question(Kind.COMPARE, ("q",), ("a", "b"))
-    found = preferences(
-        [
-            Judgment("j", asked, Status.OK, Form.ORDER, order=(2, 0, 3, 1)),
-            Judgment("j", pair, Status.OK, Form.SOFT, 0.9999),
-            Judgment("j", pair, Status.OK, Form.SOFT, 0.5),
-            Judgment("j", Comparison("q", "b", "a").question, Status.OK, Form.VOTE, 1.0),
-            Judgment("j", Question(Kind.GRADE, ("q",), ("a",)), Status.OK, Form.GRADE, 7.0),
-        ]
+    found = list(
+        preferences(
+            [
+                Judgment("j", asked, Status.OK, Form.ORDER, order=(2, 0, 3, 1)),
+                Judgment("j", pair, Status.OK, Form.SOFT, 0.9999),
+                Judgment("j", pair, Status.OK, Form.SOFT, 0.5),
+                Judgment("j", Comparison("q", "b", "a").question, Status.OK, Form.VOTE, 1.0),
+                Judgment("j", Question(Kind.GRADE, ("q",), ("a",)), Status.OK, Form.GRADE, 7.0),
+            ]
+        )
     )
     order, rest = found[:6], found[6:]
     assert {(x.left, x.right): x.p for x in order} == {
