@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,6 +65,11 @@ def _writing(folder: Path) -> Iterator[tuple[Workspace, Config]]:
         yield workspace, config
 
 
+def _where(folder: Path) -> str:
+    """What a further command needs to find the workspace."""
+    return "" if folder == HERE else f" -w {shlex.quote(str(folder))}"
+
+
 def _watched() -> bool:
     """Whether somebody sees bars."""
     return sys.stderr.isatty()
@@ -93,9 +99,10 @@ def init(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing zelo.yaml.")] = False,
 ) -> None:
-    """Write a zelo.yaml with every setting, its meaning and its default.
+    """Write a zelo.yaml with every setting.
 
-    Without --source it uses the collection inside the package and simulated judges, so that all stages run offline.
+    Each has its meaning and its default beside it. Without --source it uses the collection inside the package and simulated
+    judges, so that all stages run offline.
     """
     from zelo_train.config import template
     from zelo_train.store import SETTINGS, write_whole
@@ -120,8 +127,7 @@ def init(
         write_whole(path, template(values))
     except OSError as error:
         raise Mistake(f"{path} cannot be written: {error.strerror}") from None
-    where = "" if folder == HERE else f" -w {folder}"
-    print(f"wrote {path}: {told}\nnext: zelo collect{where}")
+    print(f"wrote {path}: {told}\nnext: zelo collect{_where(folder)}")
 
 
 @shell.command
@@ -192,9 +198,13 @@ def judge(
     if sheet is not None and not pilot:
         raise typer.BadParameter("it goes with --pilot", param_hint="--sheet")
     if write_sheet is not None:
+        from zelo_train.judge.pilot import LEAST
+
         opened, config = _open(workspace)
         count = pipeline.write_sheet(opened, config, write_sheet)
-        print(f"wrote {count} pairs to {write_sheet}: fill in `preferred` with left, right or tie, at least 100")
+        print(f"wrote {count} pairs to {write_sheet}: fill in `preferred` with left, right or tie")
+        if count < LEAST:
+            shell.say(f"a pilot needs {LEAST} of them; there are no more: collect more queries")
         return
     with _writing(workspace) as (opened, config):
         if batches:
@@ -261,7 +271,10 @@ def simulate(
     queries: Annotated[int, typer.Option(min=2, help="Simulated queries of 100 documents.")] = 100,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
 ) -> None:
-    """Print what the defaults rest on: pair designs, judge terms, calibration, under simulated judges."""
+    """Print the tables that the defaults rest on.
+
+    Pair designs, judge terms, calibration and weights, under simulated judges.
+    """
     from zelo_train import simulate
 
     simulate.show(table, queries, seed)
@@ -331,6 +344,9 @@ def status(
         )
     if holder is not None:
         print(f"writing  {holder}")
+    left = next((one.stage for one in states if one.state != "done"), None)
+    if left is not None and holder is None:
+        print(f"next     zelo {left}{_where(workspace)}")
 
 
 @shell.command

@@ -204,7 +204,9 @@ class Judging(Section):
 
     criterion: str = Field(default="", description="what relevant means in this domain, in a sentence; part of the prompt")
     judges: tuple[Judge, ...] = Field(default=(), description="the ensemble; each answers every question")
-    cap: Money | None = Field(default=None, description="spend no more than this in this workspace; empty: ask before anything")
+    cap: Money | None = Field(
+        default=None, description="spend no more than this in this workspace, all runs together; empty: no cap"
+    )
     currency: str = Field(default="USD", description="of cap and prices")
     pairs: Pairs = Field(default=Pairs(), description="which pairs are asked")
     splits: tuple[Literal["train", "dev", "test"], ...] = Field(
@@ -547,7 +549,7 @@ def _lines(section: type[Section], prefix: str, values: dict[str, Any], indent: 
         else:
             yield f"{space}{name}: {_scalar(value)}  # {field.description}{expected}".replace(":   #", ":  #")
         if inner is not None and not value:
-            yield f"{space}  # - name: …  one entry looks like this; only name is required"
+            yield f"{space}  # - name: …  one entry looks like this; what is left out has these values"
             yield from (f"{space}  #   {line}" for line in _lines(inner, "", {"name": ""}, 0) if not line.startswith("name:"))
 
 

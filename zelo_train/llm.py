@@ -495,7 +495,7 @@ class Patience:
         retry_after: a longer Retry-After than this, in seconds, stops the judge.
         failures: so many in a row, over all questions, open the circuit breaker.
         rest: seconds it stays open at first, doubled after each failed probe.
-        probes: so many failed probes stop the judge.
+        probes: so many failed probes stop the judge; one, if it has not answered yet.
     """
 
     tries: int = 6
@@ -630,7 +630,9 @@ class Gate:
         if now < self._closed_until:
             return  # one that was under way when the circuit opened
         self._failed_probes += self._probing
-        if self._failed_probes >= self.patience.probes or fault.kind in _FINAL | _ANSWERED:
+        # One that never answered is more likely misnamed than busy: nobody should wait a minute to hear it.
+        probes = self.patience.probes if self.succeeded else 1
+        if self._failed_probes >= probes or fault.kind in _FINAL | _ANSWERED:
             self.stop(
                 JudgeError(
                     f"judge {self.judge!r} failed {self.streak} times in a row, the last time with {fault}; "

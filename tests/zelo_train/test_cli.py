@@ -104,6 +104,17 @@ def test_status_tells_what_is_stale(folder: Path) -> None:
     assert "collect  stale" in result.stdout
     assert "collect.top was 100, is 7" in result.stdout
     assert "judge    not run" in result.stdout
+    assert result.stdout.splitlines()[-1] == f"next     zelo collect -w {folder}"
+
+
+def test_a_collection_without_queries_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "one.txt").write_text("Ropes hold.")
+    run("init", tmp_path / "ws", "--source", tmp_path / "texts")
+    result = run("collect", "-w", tmp_path / "ws")
+    assert result.exit_code == 0
+    assert "!! no queries\n     There is nothing to judge. Name a file of them: collect.queries" in result.stdout
+    assert "checks: 1 problem" in result.stdout
 
 
 def test_init(tmp_path: Path, beir: Path) -> None:

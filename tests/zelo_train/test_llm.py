@@ -233,6 +233,18 @@ async def test_too_long_is_final_and_free() -> None:
     assert (outcome.status, outcome.tries, purse.spent) == (Status.TOO_LONG, 1, 0)
 
 
+async def test_one_that_never_answered_is_given_up_in_seconds() -> None:
+    """With everybody's patience: a wrong address is no outage."""
+    with openai_server.running() as server:
+        pass
+    asking = Client(Endpoint(server.base_url), Gate("judge", 8))
+    start = time.monotonic()
+    results = await asyncio.gather(*(ask(asking, number) for number in range(12)), return_exceptions=True)
+    assert time.monotonic() - start < 15
+    assert isinstance(results[0], JudgeError)
+    assert "failed" in str(results[0])
+
+
 async def test_nobody_there() -> None:
     with openai_server.running() as server:
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -208,7 +209,7 @@ def test_a_killed_run_goes_on_where_it_was(workspace: Workspace, tmp_path: Path,
         child.wait()
         assert child.stdout is not None
         child.stdout.close()
-    assert states(workspace)["judge"] == "not run"
+    assert states(workspace)["judge"] == "begun"
     committed = answers(workspace)
     pipeline.judge(workspace, config)
     assert committed <= answers(workspace) == answers(other)
@@ -323,6 +324,21 @@ def test_an_order_that_cannot_be_is_told(workspace: Workspace) -> None:
         pipeline.rate(workspace, config)
 
 
+def test_ratings_without_grades_say_how_to_get_them(workspace: Workspace) -> None:
+    config = settings(workspace)
+    pipeline.collect(workspace, config)
+    with workspace.store(write=True) as store:
+        judging = pipeline.Judging(workspace, config, store, pipeline.collected(workspace))
+        for number in (1, 2, 3):
+            judging.plan(number)
+            judging.ensemble.ask(judging.questions([number]))
+    with pytest.raises(TooFewAnswers, match="expected a finished `zelo judge`"):
+        pipeline.rate(workspace, config)
+    without = config.model_copy(update={"rate": config.rate.model_copy(update={"calibration": "none"})})
+    _, report = pipeline.rate(workspace, without)
+    assert "judging is not finished" in report
+
+
 def test_judges_that_cannot_be_are_told(workspace: Workspace, tmp_path: Path, beir: Path) -> None:
     pipeline.collect(workspace, settings(workspace))
     for judges, told in [
@@ -377,7 +393,7 @@ def test_a_real_server_the_cap_and_a_second_run(tmp_path: Path) -> None:
         assert 10 < len(first) < estimates[0].calls
         with workspace.store() as store:
             assert store.outlay() <= 20_000
-        assert states(workspace)["judge"] == "not run"
+        assert states(workspace)["judge"] == "begun"
 
         made(tmp_path / "ws", **{**values, "judge.cap": 5})
         config = settings(workspace)
@@ -640,7 +656,11 @@ def test_a_pilot_and_a_sheet(tmp_path: Path, beir: Path) -> None:
     assert found.verdicts[0].agreement.share > 0.9
     sheet = tmp_path / "sheet.csv"
     count = pipeline.write_sheet(workspace, config, sheet)
-    assert count == 3 * len(SUBJECTS)
-    content = sheet.read_text(encoding="utf-8-sig")
-    assert "About whales" in content
-    assert json.dumps(content).count("whales-") >= 6
+    # Of few queries more pairs each, so that there are enough for a pilot.
+    assert count == pipeline.PILOT
+    with sheet.open(encoding="utf-8-sig", newline="") as file:
+        listed = [(row["query"], *sorted((row["left"], row["right"]))) for row in csv.DictReader(file)]
+    assert len(set(listed)) == count
+    assert {query for query, *_ in listed[: len(SUBJECTS)]} == set(SUBJECTS)
+    assert pipeline.write_sheet(workspace, config, sheet, count=10) == 10
+    assert "About whales" in sheet.read_text(encoding="utf-8-sig")

@@ -34,7 +34,7 @@ class Finding:
     Attributes:
         name: what it is.
         count: how many there are.
-        total: of how many.
+        total: of how many; 0 for what is said of the whole collection.
         level: "problem" makes figures wrong or money wasted, "warning" may, "note" is worth knowing.
         examples: a few ids.
         advice: what it means and what to do.
@@ -49,7 +49,9 @@ class Finding:
 
     def __str__(self) -> str:
         mark = {"problem": "!!", "warning": " !", "note": "  "}[self.level]
-        share = f" ({self.count / self.total:.1%})" if self.total else ""
+        if not self.total:
+            return f"{mark} {self.name}\n     {self.advice}"
+        share = f" ({self.count / self.total:.1%})"
         shown = ", ".join(id if len(id) <= _ID_WIDTH else id[: _ID_WIDTH - 1] + "…" for id in self.examples)
         return f"{mark} {self.name}: {self.count:,} of {self.total:,}{share}\n     {self.advice}\n     for example: {shown}"
 
@@ -203,6 +205,11 @@ def _differently_graded(grades: Mapping[str, int], first: Mapping[str, str]) -> 
 def _queries(collection: Collection, long_words: int, near: float) -> Iterator[Finding]:
     queries = collection.queries.values()
     total = len(queries)
+    if not total:
+        advice = (
+            "There is nothing to judge. Name a file of them: collect.queries; or have a model write some: collect.synthetic."
+        )
+        yield Finding("no queries", 1, 0, "problem", (), advice)
     yield _found(
         "empty queries",
         (query.id for query in queries if not query.text.strip()),

@@ -128,8 +128,8 @@ def from_sheet(path: str | os.PathLike[str]) -> list[Known]:
 def _enough(known: list[Known], what: str) -> list[Known]:
     if len(known) < LEAST:
         msg = (
-            f"there are {len(known)} {what}; a pilot needs at least {LEAST} known pairs. Take more queries or "
-            "candidates, or fill in a sheet"
+            f"there are {len(known)} {what}; a pilot needs at least {LEAST} known pairs. Take more queries or candidates, or"
+            " have a person fill in a sheet: zelo judge --write-sheet pairs.csv, then --pilot --sheet pairs.csv"
         )
         raise CollectionError(msg)
     return known

@@ -389,9 +389,10 @@ def judge(
             ensemble.again = frozenset({Status.GAVE_UP})
         confirmed = judging.confirmed(judging.outlook(), confirm)
         folder = workspace.begin("judge")
+        to_each = f" to each of {len(judging.judges)} judges" if len(judging.judges) > 1 else ""
         for number in range(1, judging.rounds + 1):
             planned = sum(map(len, judging.plan(number).values()))
-            say(f"round {number} of {judging.rounds}: {planned:,} questions to each of {len(judging.judges)} judges")
+            say(f"round {number} of {judging.rounds}: {planned:,} questions{to_each}")
             ensemble.ask(judging.questions([number]), confirmed=confirmed, progress=progress)
         rounds = range(1, judging.rounds + 1)
         last: list[Question] = []
@@ -408,7 +409,7 @@ def judge(
             grades = [one for query in wanted for one in graded.get(query, ())]
             across = judging.cross_plan(ratings)
             last = [*grades, *across]
-            say(f"grades: {len(grades):,} questions; across queries: {len(across):,}, to each judge")
+            say(f"grades: {len(grades):,} questions; across queries: {len(across):,}{to_each}")
             ensemble.ask(last, confirmed=confirmed, progress=progress)
         # Read once more rather than kept: beside the ratings they would be half of the memory.
         asked = {name: [*own, *last] for name, own in judging.questions(rounds).items()}

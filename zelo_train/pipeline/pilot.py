@@ -75,12 +75,17 @@ def write_sheet(workspace: Workspace, config: Config, path: Path, count: int = P
     from zelo_train.records import Comparison
 
     material = collected(workspace)
+    judged = material.judged(config.judge.splits)
+    each = -(-count // max(1, len(judged)))
     pairs = []
-    for query, found in material.judged(config.judge.splits).items():
-        # Of near and far ranks: what is next to each other is hard even for people.
+    for query, found in judged.items():
+        # Of near and far ranks first: what is next to each other is hard even for people.
         ids = [one.document for one in found]
         steps = [(0, len(ids) // 2), (1, len(ids) - 1), (len(ids) // 4, len(ids) // 2)]
-        chosen = [(ids[a], ids[b]) for a, b in dict.fromkeys(steps) if a < b < len(ids)]
+        if each > len(steps):
+            further = [(a, b) for b in range(len(ids)) for a in range(b)]
+            steps += sorted(further, key=lambda step: digest("sheet", query, ids[step[0]], ids[step[1]]))
+        chosen = [(ids[a], ids[b]) for a, b in dict.fromkeys(steps) if a < b < len(ids)][: max(each, 3)]
         for turn, (one, other) in enumerate(chosen):
             # Blind: which side the better ranked one is on tells nothing.
             left, right = (one, other) if digest(query, one, other)[0] % 2 else (other, one)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from zelo_train.config import Config
+from zelo_train.errors import TooFewAnswers
 from zelo_train.pipeline.collect import collected
 from zelo_train.pipeline.judge import GRADES, Judging
 from zelo_train.pipeline.stages import SIMULATED, rate_inputs
@@ -21,7 +22,7 @@ def rate(workspace: Workspace, config: Config) -> tuple[Stage, str]:
         What it left, and the report for people.
 
     Raises:
-        TooFewAnswers: what there is does not determine a rating.
+        TooFewAnswers: what there is does not determine a rating, or not how queries compare.
     """
     from zelo_train.rate import Calibration, JudgeTerms, audit, calibrate, calibrate_across, grades, preferences
     from zelo_train.rate import rate as rating
@@ -44,6 +45,11 @@ def rate(workspace: Workspace, config: Config) -> tuple[Stage, str]:
         found = [one for judge in judging.judges for one in judging.answers(judge, graded)]
         crossed = judging.cross_stored(ratings) or ()
         across = [one for judge in judging.judges for one in judging.answers(judge, crossed)]
+        if section.calibration == "grades" and not found:
+            raise TooFewAnswers(
+                "judges have graded nothing yet, and grades make queries comparable; expected a finished `zelo judge`:"
+                " run it to its end, or set rate.calibration: none"
+            )
         notes = []
         calibration: Calibration
         if section.calibration == "none":

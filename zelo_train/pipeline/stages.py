@@ -95,13 +95,13 @@ class State:
 
     Attributes:
         stage: its name.
-        state: "not run", "done", or "stale": made from something else than what is there now.
+        state: "not run"; "begun", and not finished; "done"; or "stale": made from something else than what is there now.
         reasons: what changed.
         note: what it left when it finished.
     """
 
     stage: str
-    state: Literal["not run", "done", "stale"]
+    state: Literal["not run", "begun", "done", "stale"]
     reasons: tuple[str, ...]
     note: Stage | None
 
@@ -110,7 +110,7 @@ def state(workspace: Workspace, config: Config, stage: str) -> State:
     """Where a stage stands."""
     note = workspace.stage(stage)
     if note is None:
-        return State(stage, "not run", (), None)
+        return State(stage, "begun" if workspace.stage_folder(stage).exists() else "not run", (), None)
     try:
         reasons = note.differences(_INPUTS[stage](workspace, config))
     except ConfigError as error:
