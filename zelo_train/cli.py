@@ -221,7 +221,8 @@ def judge(
                 print(f"nothing to write: {what} is answered or under way; `zelo judge` asks what is left")
             return
         if drop_batches:
-            print(f"gave up {pipeline.drop_batches(opened)} batches; what was reserved for them stays counted")
+            dropped = pipeline.drop_batches(opened)
+            print(f"gave up {dropped} batch{'' if dropped == 1 else 'es'}; what was reserved stays counted")
             return
         if read_batches:
             missing = [path for path in read_batches if not path.is_file()]
@@ -287,15 +288,18 @@ def status(
     """Show what is done, what is stale, who writes, and money spent."""
     from zelo_train import pipeline
     from zelo_train.cost import millionths, money
-    from zelo_train.store import Spend
+    from zelo_train.judge.batch import READ
+    from zelo_train.store import Batch, Spend
 
     opened, config = _open(workspace)
     states = pipeline.status(opened, config)
     counts: dict[Any, int] = {}
     spent: list[Spend] = []
+    batches: list[Batch] = []
     if opened.has_answers:
         with opened.store() as store:
             counts, spent = store.counts(), store.spent()
+            batches = [one for one in store.batches() if one.state != READ]
     holder = opened.holder() if opened.locked else None
     settled, reserved = sum(one.settled for one in spent), sum(one.reserved for one in spent)
     cap = None if config.judge.cap is None else millionths(config.judge.cap)
@@ -322,6 +326,7 @@ def status(
             "reserved": reserved,
             "cap": cap,
             "currency": config.judge.currency,
+            "batches": [{"name": one.client, "judge": one.judge, "count": len(one.keys), "most": one.worst} for one in batches],
             "writer": str(holder) if holder else None,
         }
         print(json.dumps(found, indent=1))
@@ -338,10 +343,13 @@ def status(
         print(f"answers  {name}: {count:,} {kind.value}, {status.value}")
     limit = f" of {money(cap, config.judge.currency)}" if cap is not None else f" {config.judge.currency}, no cap"
     print(f"spent    {money(settled)}{limit}")
-    if reserved and holder is None:
-        print(
-            f"         {money(reserved, config.judge.currency)} more were under way when a run died, and may have been charged"
-        )
+    for batch in batches:
+        most = money(batch.worst, config.judge.currency)
+        print(f"batch    {batch.client}: {len(batch.keys):,} questions to {batch.judge}, {batch.state}, at most {most}")
+    lost = reserved - sum(one.worst for one in batches)
+    if lost > 0 and holder is None:
+        told = money(lost, config.judge.currency)
+        print(f"         {told} more were under way when a run died or a batch was given up, and may have been charged")
     if holder is not None:
         print(f"writing  {holder}")
     left = next((one.stage for one in states if one.state != "done"), None)

@@ -201,8 +201,12 @@ def test_batches_from_the_command(folder: Path) -> None:
         result = run("judge", "-w", folder)
         assert result.exit_code == 1
         assert "Go on with them (zelo judge --batches" in result.stderr
+        (batch,) = json.loads(run("status", "-w", folder, "--json").stdout)["batches"]
+        shown = run("status", "-w", folder).stdout
+        assert f"batch    {batch['name']}: {batch['count']} questions to one, submitted, at most 0.00 USD" in shown
+        assert "may have been charged" not in shown
         result = run("judge", "-w", folder, "--drop-batches")
-        assert result.stdout == "gave up 1 batches; what was reserved for them stays counted\n"
+        assert result.stdout == "gave up 1 batch; what was reserved stays counted\n"
         for _ in range(20):
             result = run("judge", "-w", folder, "--batches")
             assert result.exit_code == 0, result.stderr

@@ -345,6 +345,7 @@ def test_judges_that_cannot_be_are_told(workspace: Workspace, tmp_path: Path, be
         ([], "names no judges"),
         ([{"name": "a"}], "judge 'a' has no model"),
         ([{"name": "a", "kind": "replay"}], "judge 'a' has no path"),
+        ([{"name": "a", "kind": "simulated", "answer": "grade"}], "a: no judge compares documents"),
     ]:
         made(workspace.folder, **{"collect.source": str(beir), "collect.test_share": 0.0, "judge.judges": judges})
         with pytest.raises(ConfigError, match=told):

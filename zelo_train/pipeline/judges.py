@@ -11,7 +11,7 @@ from zelo_train.config import Config
 from zelo_train.cost import Budget, Price, millionths
 from zelo_train.errors import ConfigError
 from zelo_train.pipeline.stages import place
-from zelo_train.records import Candidate
+from zelo_train.records import Candidate, Kind, Question
 from zelo_train.store import Store, Workspace
 
 if TYPE_CHECKING:
@@ -88,6 +88,12 @@ def judges(workspace: Workspace, config: Config, candidates: Mapping[str, Sequen
                 if judge.path is None:
                     raise ConfigError(f"judge {judge.name!r} has no path; expected the file of its recorded answers")
                 made.append(ReplayJudge(judge.name, place(workspace, judge.path)))
+    probe = Question(Kind.COMPARE, ("",), ("", ""))
+    if not any(judge.takes(probe) for judge in made):
+        raise ConfigError(
+            f"{', '.join(judge.name for judge in made)}: no judge compares documents, for all answer grades only; expected at"
+            " least one with answer: soft or vote"
+        )
     return made
 
 
