@@ -648,13 +648,18 @@ class Stage:
 
     def differences(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
         """The names of inputs that are not what they were, with both values where they can be read."""
-        told = []
-        for name in sorted({*self.inputs, *inputs}):
-            before, now = self.inputs.get(name), inputs.get(name)
-            if canonical(before) != canonical(now):
-                hashes = any(isinstance(value, str) and len(value) == 2 * KEY_BYTES for value in (before, now))
-                told.append(f"{name} changed" if hashes else f"{name} was {canonical(before)}, is {canonical(now)}")
-        return tuple(told)
+        return tuple(_differences(self.inputs, inputs))
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name in sorted({*before, *now}):
+        one, other = before.get(name), now.get(name)
+        full = prefix + name
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _differences(one, other, f"{full}.")
+        elif canonical(one) != canonical(other):
+            hashes = any(isinstance(value, str) and len(value) == 2 * KEY_BYTES for value in (one, other))
+            yield f"{full} changed" if hashes else f"{full} was {canonical(one)}, is {canonical(other)}"
 
 
 class Workspace:

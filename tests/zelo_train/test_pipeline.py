@@ -143,6 +143,14 @@ def test_what_is_stale_says_why(workspace: Workspace) -> None:
     assert found["collect"] == ("collect.top was 100, is 5",)
     assert found["judge"] == ("collect is stale",)
     assert found["rate"] == ("collect is stale", "judge is stale")
+    more = config.judge.model_copy(update={"pairs": config.judge.pairs.model_copy(update={"rounds": 4})})
+    changed = config.model_copy(update={"judge": more})
+    assert [state.reasons for state in pipeline.status(workspace, changed)] == [
+        (), ("judge.pairs.rounds was 3, is 4",), ("judge is stale",),
+    ]  # fmt: skip
+    _, report = pipeline.rate(workspace, changed)
+    assert "judge is stale (judge.pairs.rounds was 3, is 4): `zelo judge` asks what is missing" in report
+    pipeline.rate(workspace, config)
     # What only money and speed depend on makes nothing stale.
     cheap = config.model_copy(update={"judge": config.judge.model_copy(update={"currency": "EUR"})})
     assert {state.state for state in pipeline.status(workspace, cheap)} == {"done"}

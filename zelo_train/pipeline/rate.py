@@ -8,7 +8,7 @@ from zelo_train.config import Config
 from zelo_train.errors import TooFewAnswers
 from zelo_train.pipeline.collect import collected
 from zelo_train.pipeline.judge import GRADES, Judging
-from zelo_train.pipeline.stages import SIMULATED, rate_inputs
+from zelo_train.pipeline.stages import SIMULATED, rate_inputs, state
 from zelo_train.store import Stage, Workspace, write_whole
 
 if TYPE_CHECKING:
@@ -69,8 +69,11 @@ def rate(workspace: Workspace, config: Config) -> tuple[Stage, str]:
         # It travels with every target, and nothing after this can take it away.
         simulated = judging.simulated
     targets = calibration.targets(ratings, weights=section.weights, simulated=simulated)
-    if workspace.stage("judge") is None:
+    judged = state(workspace, config, "judge")
+    if judged.note is None:
         notes.append("judging is not finished: `zelo judge` goes on where it stopped")
+    elif judged.state == "stale":
+        notes.append(f"judge is stale ({'; '.join(judged.reasons)}): `zelo judge` asks what is missing")
     report = "\n".join([*([SIMULATED, ""] if simulated else []), ratings.report(), calibration.report(), *notes]) + "\n"
     folder = workspace.begin("rate")
     mark = ["# " + SIMULATED] if simulated else []
