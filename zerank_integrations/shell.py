@@ -111,9 +111,13 @@ class Shell:
             warnings.showwarning = lambda message, *_, **__: self.say(f"warning: {message}")
 
     def _unwritten(self, error: OSError) -> int:
-        """Say which file the system refused, and return the status for it. Only the output has no name."""
+        """Say what the system refused, and return the status for it. Of files, only the output has no name."""
         if error.filename is not None:
             self.say(f"{os.fsdecode(error.filename)}: {error.strerror}")
+            return FAILURE
+        if error.errno is None:
+            # Not the system's: a library's own words.
+            self.say(str(error))
             return FAILURE
         # What is still in the buffer would be refused once more at the interpreter's exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -125,6 +125,7 @@ def dense(
 
     Raises:
         MissingPackage: sentence-transformers is not installed.
+        CollectionError: the model cannot be loaded, or has no such prompt.
     """
     try:
         from sentence_transformers import SentenceTransformer
@@ -133,7 +134,16 @@ def dense(
             'sentence-transformers is not installed; dense candidates need it: pip install "zerank-integrations[train]",'
             " or take candidates: bm25"
         ) from error
-    encoder = SentenceTransformer(model, device=device)
+    try:
+        encoder = SentenceTransformer(model, device=device)
+    except (OSError, ValueError) as error:
+        raise CollectionError(
+            f"the model {model!r} of collect.dense cannot be loaded ({error}); expected a sentence-transformers model: a Hub id"
+            " or a folder"
+        ) from error
+    if query_prompt is not None and query_prompt not in encoder.prompts:
+        known = ", ".join(encoder.prompts) or "none"
+        raise CollectionError(f"collect.dense.query_prompt is {query_prompt!r}; the model's prompts are: {known}")
     options: dict[str, Any] = {"batch_size": batch, "normalize_embeddings": True, "show_progress_bar": progress}
     listed = list(queries)
     embedded = encoder.encode_document([document.full_text for document in documents], **options)

@@ -272,6 +272,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
         return
+    if path.is_dir():
+        raise CollectionError(f"{path} is a folder; expected a file. A folder of texts, or in BEIR layout, is collect.source")
     if not path.name.endswith((".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json")):
         raise CollectionError(f"{path} ends in {path.suffix or 'nothing'}; expected .jsonl, .jsonl.gz or .parquet. Rename it")
     for number, line in enumerate(_lines(path), start=1):

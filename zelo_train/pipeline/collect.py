@@ -15,7 +15,7 @@ from zelo_train.cost import Budget
 from zelo_train.errors import ConfigError, WorkspaceError
 from zelo_train.interrupt import run
 from zelo_train.pipeline.judges import Confirm, budget, endpoint, price
-from zelo_train.pipeline.stages import EMBEDDED, collect_inputs, place, state
+from zelo_train.pipeline.stages import EMBEDDED, collect_inputs, model_at, place, state
 from zelo_train.records import Candidate
 from zelo_train.store import Stage, Texts, Workspace, write_whole
 
@@ -141,7 +141,7 @@ def _found(workspace: Workspace, config: Config, collection: Documents, *, progr
             first_stage.dense(
                 documents,
                 queries,
-                model=section.dense.model,
+                model=model_at(workspace, section.dense.model),
                 top=section.top,
                 batch=section.dense.batch,
                 device=section.dense.device,

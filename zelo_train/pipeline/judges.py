@@ -10,7 +10,7 @@ from zelo_train import config as settings
 from zelo_train.config import Config
 from zelo_train.cost import Budget, Price, millionths
 from zelo_train.errors import ConfigError
-from zelo_train.pipeline.stages import place
+from zelo_train.pipeline.stages import model_at, place
 from zelo_train.records import Candidate, Kind, Question
 from zelo_train.store import Store, Workspace
 
@@ -73,7 +73,7 @@ def judges(workspace: Workspace, config: Config, candidates: Mapping[str, Sequen
             case "reranker":
                 from zerank_integrations import Reranker
 
-                made.append(TeacherJudge(judge.name, Reranker(judge.model) if judge.model else Reranker()))
+                made.append(TeacherJudge(judge.name, Reranker(model_at(workspace, judge.model)) if judge.model else Reranker()))
             case "simulated":
                 if not qrels:
                     raise ConfigError(

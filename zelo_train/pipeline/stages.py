@@ -37,6 +37,12 @@ def place(workspace: Workspace, path: str) -> Path:
     return workspace.folder / Path(path).expanduser()
 
 
+def model_at(workspace: Workspace, model: str) -> str:
+    """A model of zelo.yaml: the folder of that path, if there is one, else a Hub id."""
+    folder = place(workspace, model)
+    return str(folder) if model and folder.is_dir() else model
+
+
 def collect_inputs(workspace: Workspace, config: Config) -> dict[str, Any]:
     """What the collect stage depends on.
 

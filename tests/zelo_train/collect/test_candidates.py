@@ -122,6 +122,10 @@ def test_dense_finds_what_is_near(tmp_path: Path) -> None:
     assert found[2].document == "d3"
     pool = dense(DOCUMENTS, queries, model=str(tmp_path / "model"), top=1, device="cpu", pool={"q": ["d0", "d1"]})
     assert len(pool) == 2
+    with pytest.raises(CollectionError, match=r"query_prompt is 'ask'; the model's prompts are: query, document"):
+        dense(DOCUMENTS, queries, model=str(tmp_path / "model"), query_prompt="ask", device="cpu")
+    with pytest.raises(CollectionError, match=r"the model '/none/such' of collect\.dense cannot be loaded"):
+        dense(DOCUMENTS, queries, model="/none/such")
 
 
 # Fusion and runs

@@ -143,6 +143,8 @@ def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"_id": "a", "text": "x"}' * 99)[:-9])
     with pytest.raises(CollectionError, match=r"cut.jsonl.gz cannot be read"):
         list(read_documents(tmp_path / "cut.jsonl.gz"))
+    with pytest.raises(CollectionError, match=r"is a folder; expected a file\. A folder of texts, .* is collect\.source"):
+        list(read_documents(tmp_path))
     with pytest.raises(CollectionError, match=r"ends in .csv; expected .jsonl"):
         list(read_documents(tmp_path / "corpus.csv"))
     with pytest.raises(CollectionError, match="expected a folder in BEIR layout"):
