@@ -176,7 +176,9 @@ class Judge(Section):
     per_minute: int | None = Field(default=None, ge=1, description="requests a minute, at most; empty: no such limit")
     accuracy: float = Field(default=90, gt=50, lt=100, description="simulated only: per cent of pairs it gets right")
     seed: int = Field(default=0, description="simulated only")
-    path: str | None = Field(default=None, description="replay only: the recorded answers")
+    path: str | None = Field(
+        default=None, description="replay only: the recorded answers, .jsonl, or .parquet as zelo answers writes it"
+    )
 
     @field_validator("api_key_env")
     @classmethod

@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,16 +35,16 @@ def run(*arguments: object, stdin: str | None = None) -> Result:
     return result
 
 
-def zelo(*arguments: object, **more: object) -> subprocess.CompletedProcess[str]:
+def zelo(*arguments: object, patience: float = 60, **more: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "zelo_train", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=60, **more)  # type: ignore[call-overload]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=patience, **more)  # type: ignore[call-overload]
 
 
 @pytest.fixture
 def beir(tmp_path: Path) -> Path:
     documents = {
-        f"{word}{n}": Document(f"{word}{n}", f"{word} " * (n + 1) + f"and {n} other words to read")
+        f"{word}{n}": Document(f"{word}{n}", f"{word} " * (n + 1) + f"and {n} other words to read, worth {n / 8:.3f}")
         for word in WORDS
         for n in range(8)
     }
@@ -216,6 +217,38 @@ def test_batches_from_the_command(folder: Path) -> None:
         assert run("judge", "-w", folder).exit_code == 0
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a pseudo-terminal")
+def test_a_bar_with_money_and_the_time_that_remains(folder: Path) -> None:
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    path = folder / "zelo.yaml"
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))
+    with openai_server.running(delay=0.1) as server:
+        price = "price: {input: 100, output: 100}"
+        judge = f"{{name: one, model: test-model, base_url: '{server.base_url}', concurrency: 2, {price}}}"
+        path.write_text(path.read_text().replace("{name: one, kind: simulated}", judge))
+        run("collect", "-w", folder)
+        command = [sys.executable, "-m", "zelo_train", "judge", "-w", str(folder)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, env=environment) as process:
+            os.close(theirs)
+            said = b""
+            # Where the other end is closed, Linux says so with an error.
+            with suppress(OSError):
+                while some := os.read(ours, 65536):
+                    said += some
+            assert process.stdout is not None
+            report = process.stdout.read()
+        os.close(ours)
+    assert process.returncode == 0, said
+    assert b"questions answered" in report
+    assert re.search(rb"\d+/\d+ \[\d\d:\d\d<\d\d:\d\d, .*answer/s, [\d.]+ spent, 0 without answer\]", said), said[-2000:]
+
+
 def test_two_ways_of_judging_at_once_are_wrong_usage(folder: Path) -> None:
     result = run("judge", "-w", folder, "--pilot", "--batches")
     assert result.exit_code == 2
@@ -329,6 +362,22 @@ def test_ctrl_c_keeps_what_was_answered(folder: Path) -> None:
     assert "Traceback" not in rest
     assert "Exception ignored" not in rest
     assert not Workspace(folder).locked
+
+
+@pytest.mark.slow
+def test_the_embedded_collection_offline_in_under_two_minutes(tmp_path: Path) -> None:
+    """As the page has it: five commands, no download. In this machine's CPU time, for others may be busy on it."""
+    resource = pytest.importorskip("resource", reason="measures CPU time as Unix does")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for arguments in (("init", "demo"), *((stage, "-w", "demo") for stage in ("collect", "judge", "rate", "status"))):
+        result = zelo(*arguments, cwd=tmp_path, patience=300)
+        assert result.returncode == 0, result.stderr
+        assert arguments[0] in ("init", "collect") or "simulated" in result.stdout.splitlines()[0].lower()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 120
+    targets = (tmp_path / "demo" / "rate" / "targets.tsv").read_text().splitlines()
+    assert "simulated" in targets[0]
+    assert len(targets) > 10_000
 
 
 # The pages

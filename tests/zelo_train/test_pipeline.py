@@ -474,6 +474,32 @@ def test_queries_written_by_a_model(tmp_path: Path) -> None:
         pipeline.collect(workspace, settings(workspace))
 
 
+def test_answers_are_replayed_elsewhere(workspace: Workspace, tmp_path: Path, beir: Path) -> None:
+    """What `zelo answers` wrote is enough to rate again, without the judge."""
+    pytest.importorskip("pyarrow")
+    config = settings(workspace)
+    pipeline.collect(workspace, config)
+    pipeline.judge(workspace, config)
+    pipeline.rate(workspace, config)
+    with workspace.store() as store:
+        store.export(tmp_path / "answers.parquet", pipeline.names(workspace))
+    replayed = [{"name": judge["name"], "kind": "replay", "path": "../answers.parquet"} for judge in SIMULATED]
+    other = made(tmp_path / "other", **{
+        "collect.source": str(beir), "collect.test_share": 0.0, "judge.judges": replayed,
+    })  # fmt: skip
+    config = settings(other)
+    pipeline.collect(other, config)
+    noted, _ = pipeline.judge(other, config)
+    assert noted.simulated, "the mark stays"
+    pipeline.rate(other, config)
+    for name in ("ratings.tsv", "targets.tsv"):
+        assert (other.folder / "rate" / name).read_bytes() == (workspace.folder / "rate" / name).read_bytes()
+    stranger = [{"name": "nobody", "kind": "replay", "path": "../answers.parquet"}]
+    made(other.folder, **{"collect.source": str(beir), "collect.test_share": 0.0, "judge.judges": stranger})
+    with pytest.raises(JudgeError, match="no answers of a judge called 'nobody'"):
+        pipeline.judge(other, settings(other))
+
+
 def test_batches_round_after_round(tmp_path: Path) -> None:
     """Files are written, answered by the server line by line as a provider would, and read back."""
     collection(per_subject=6).write(tmp_path / "beir")

@@ -10,14 +10,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from zelo_train.cost import Price
-from zelo_train.errors import JudgeError
+from zelo_train.errors import JudgeError, MissingPackage
 from zelo_train.judge.prompt import LETTERS, Prompts, is_cut, shown
 from zelo_train.llm import Chat, Client, Endpoint, Fault, Gate, Patience, Purse, Reply, likely_tokens, most_tokens
 from zelo_train.records import Form, Judgment, Kind, Question, Status
@@ -551,10 +551,13 @@ class ReplayJudge:
 
     Args:
         name: as in zelo.yaml.
-        path: JSONL, one answer a line as `record` writes it: kind, queries, documents; status, form, value, order.
+        path: JSONL, one answer a line as `record` writes it: kind, queries, documents; status, form, value, order. Or what
+            `zelo answers` wrote (.parquet), of which the answers of the judge of this name are taken: the order in which a
+            judge is shown documents depends on its name.
 
     Raises:
         JudgeError: the file cannot be read as that; the message names the line.
+        MissingPackage: pyarrow is not installed.
     """
 
     in_flight = 64
@@ -567,24 +570,43 @@ class ReplayJudge:
         self._answers: dict[Question, tuple[Status, Form | None, float | None, tuple[int, ...]]] = {}
         self.simulated = False
         try:
-            content = self.path.read_text(encoding="utf-8")
+            content = self.path.read_bytes()
         except OSError as error:
             msg = f"{self.path} cannot be read ({error.strerror}); expected the recorded answers of judge {name!r}"
             raise JudgeError(msg) from None
-        for number, line in enumerate(content.splitlines(), start=1):
-            if line.strip():
-                try:
-                    self._add(json.loads(line))
-                except (ValueError, KeyError, TypeError) as error:
-                    msg = (
-                        f"{self.path}:{number} is no recorded answer ({type(error).__name__}: {error}); expected such as "
-                        '{"kind": "compare", "queries": ["q1"], "documents": ["d1", "d2"], "form": "vote", "value": 1}'
-                    )
-                    raise JudgeError(msg) from None
+        exported = self.path.suffix == ".parquet"
+        rows: Sequence[Any] = self._exported() if exported else content.decode(errors="replace").split("\n")
+        for number, row in enumerate(rows, start=1):
+            try:
+                if exported or row.strip():
+                    self._add(row if exported else json.loads(row))
+            except (ValueError, KeyError, TypeError) as error:
+                msg = (
+                    f"{self.path}:{number} is no recorded answer ({type(error).__name__}: {error}); expected such as "
+                    '{"kind": "compare", "queries": ["q1"], "documents": ["d1", "d2"], "form": "vote", "value": 1}'
+                )
+                raise JudgeError(msg) from None
         parameters: dict[str, Any] = {"recording": digest(content).hex()}
         if self.simulated:
             parameters["simulated"] = True
         self._identity = JudgeIdentity(name, "recorded", parameters)
+
+    def _exported(self) -> list[dict[str, Any]]:
+        """This judge's rows of what a workspace exported."""
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ImportError as error:
+            raise MissingPackage("pyarrow is not installed; it reads Parquet files: pip install pyarrow") from error
+        try:
+            rows = pq.read_table(self.path, filters=[("judge", "=", self.name)]).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise JudgeError(f"{self.path} cannot be read ({error}); expected what `zelo answers` wrote") from None
+        if not rows:
+            raise JudgeError(
+                f"{self.path} has no answers of a judge called {self.name!r}; expected some: give this one its name"
+            )
+        return rows
 
     def _add(self, row: Mapping[str, Any]) -> None:
         question = Question(Kind(row["kind"]), tuple(row["queries"]), tuple(row["documents"]))
