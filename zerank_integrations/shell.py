@@ -14,9 +14,8 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -100,9 +99,11 @@ class Shell:
 
     def say(self, message: str) -> None:
         """Tell the user something on stderr."""
-        # Nobody can be told that nobody can be told.
-        with suppress(OSError):
+        try:
             print(f"{self.name}: {message}", file=sys.stderr, flush=True)
+        except OSError:
+            # Nobody can be told that nobody can be told.
+            _discard(sys.stderr)
 
     def _filter_warnings(self) -> None:
         warnings.simplefilter("ignore")
@@ -119,12 +120,16 @@ class Shell:
             # Not the system's: a library's own words.
             self.say(str(error))
             return FAILURE
-        # What is still in the buffer would be refused once more at the interpreter's exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         if isinstance(error, BrokenPipeError):
             return BROKEN_PIPE
         self.say(f"the output cannot be written: {error.strerror or error}")
         return FAILURE
+
+
+def _discard(stream: TextIO) -> None:
+    """Point a stream at nothing: what is still in its buffer would be refused once more at the interpreter's exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _open_streams() -> None:

@@ -312,7 +312,8 @@ finally:
 )
 def test_closed_and_full_streams_are_no_traceback(folder: Path, arguments: str, status: int, said: str) -> None:
     command = shlex.join([sys.executable, "-m", "zelo_train"])
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # As users have it: with a buffer, what a full device refused is refused once more at the exit.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     done = subprocess.run(
         ["sh", "-c", f"{command} {arguments}"], cwd=folder, capture_output=True, text=True, env=environment, timeout=60
     )
