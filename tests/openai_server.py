@@ -68,8 +68,9 @@ class Settings:
     context: int = 100_000
     key: str = ""
     logprobs: bool = True
-    # Faults until so many requests have come: a server that is down, then up again.
+    # Faults for so many requests, after so many that it answers: a server that is down, then up again.
     down_for: int = 0
+    up_for: int = 0
     fail_batches: bool = False
     # How it judges: "worth", "A" (always the first), "random", "longer".
     mind: str = "worth"
@@ -96,7 +97,7 @@ class Server:
 
     def fault(self, name: str) -> str | None:
         """Which fault this body meets this time, if any."""
-        if self.requests <= self.settings.down_for:
+        if 0 < self.requests - self.settings.up_for <= self.settings.down_for:
             return self.settings.only[0]
         digest = hashlib.blake2b(f"{self.settings.seed} {name} {self.seen[name]}".encode(), digest_size=8).digest()
         draw = int.from_bytes(digest, "little") / 2**64

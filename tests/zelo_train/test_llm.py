@@ -257,8 +257,10 @@ async def test_nobody_there() -> None:
 
 async def test_the_breaker_opens_after_twenty_and_one_probe_closes_it() -> None:
     """While it is open nothing is sent; the failures of a short outage give nobody up."""
-    with openai_server.running(only=["500"], down_for=22) as server:
+    with openai_server.running(only=["500"], up_for=1, down_for=22) as server:
         asked = client(server, Patience(first_wait=0.001, rest=0.3), in_flight=4)
+        # One that never answered would be given up at the first probe that fails.
+        assert (await asked.complete(body(8), letter, Free(), 1)).answer == "A"
         start = time.monotonic()
         outcomes = await asyncio.gather(*(asked.complete(body(i), letter, Free(), 1) for i in range(8)))
         took = time.monotonic() - start
